@@ -1,0 +1,315 @@
+"""VM exits and the other things that a run reports, as frozen records.
+
+Names and numbers are those of the Intel SDM: basic exit reasons from vol. 3, appendix C ("VMX basic exit
+reasons"), exit qualifications from section 28.2.1 and table 28-7. A record knows nothing of the machine that
+made it; ``to_json`` gives the object that a trace line holds (see ``docs/formats.md``).
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, ClassVar
+
+from attrs import field, frozen
+
+
+class ExitReason(enum.IntEnum):
+    """Basic exit reasons, SDM vol. 3, appendix C."""
+
+    EXCEPTION_OR_NMI = 0
+    EXTERNAL_INTERRUPT = 1
+    TRIPLE_FAULT = 2
+    CPUID = 10
+    HLT = 12
+    RDTSC = 16
+    VMCALL = 18
+    IO_INSTRUCTION = 30
+    MTF = 37
+    EPT_VIOLATION = 48
+    EPT_MISCONFIGURATION = 49
+    RDTSCP = 51
+
+
+Json = dict[str, Any]
+
+
+@frozen(slots=True)
+class Record:
+    """What every record of a run has in common."""
+
+    kind: ClassVar[str] = ""
+
+    def to_json(self) -> Json:
+        """The object of this record's trace line, without its sequence number."""
+        raise NotImplementedError
+
+
+@frozen(slots=True)
+class Exit(Record):
+    """A VM exit. ``rip`` is the linear address of the instruction that caused it (guest RIP field)."""
+
+    kind: ClassVar[str] = "exit"
+    reason: ClassVar[ExitReason]
+
+    rip: int
+
+    def to_json(self) -> Json:
+        """The exit's trace object: kind, reason, number, then the fields that this reason defines."""
+        out: Json = {"kind": "exit", "reason": self.reason.name, "number": int(self.reason)}
+        for name in self.__attrs_attrs_names__():
+            value = getattr(self, name)
+            if value is not None:
+                out[name] = value
+        return out
+
+    @classmethod
+    def __attrs_attrs_names__(cls) -> tuple[str, ...]:
+        return tuple(a.name for a in cls.__attrs_attrs__)  # type: ignore[attr-defined]
+
+
+@frozen(slots=True)
+class ExceptionExit(Exit):
+    """An exception of the guest, before it is delivered through the guest's IDT (reason 0)."""
+
+    reason: ClassVar[ExitReason] = ExitReason.EXCEPTION_OR_NMI
+
+    vector: int
+    error_code: int | None = None
+    #: CR2 for a page fault, otherwise None.
+    address: int | None = None
+
+
+@frozen(slots=True)
+class TripleFault(Exit):
+    """No exception could be delivered any more; the guest is dead (reason 2)."""
+
+    reason: ClassVar[ExitReason] = ExitReason.TRIPLE_FAULT
+
+
+@frozen(slots=True)
+class ExternalInterrupt(Exit):
+    """An external interrupt is taken at this boundary and delivered through the IDT (reason 1)."""
+
+    reason: ClassVar[ExitReason] = ExitReason.EXTERNAL_INTERRUPT
+
+    vector: int
+
+
+@frozen(slots=True)
+class Cpuid(Exit):
+    """CPUID with its inputs (reason 10)."""
+
+    reason: ClassVar[ExitReason] = ExitReason.CPUID
+
+    leaf: int
+    subleaf: int
+    length: int = 2
+
+
+@frozen(slots=True)
+class Hlt(Exit):
+    """HLT (reason 12)."""
+
+    reason: ClassVar[ExitReason] = ExitReason.HLT
+
+    length: int = 1
+
+
+@frozen(slots=True)
+class Rdtsc(Exit):
+    """RDTSC; ``value`` is the virtual time that it returned (reason 16)."""
+
+    reason: ClassVar[ExitReason] = ExitReason.RDTSC
+
+    value: int
+    length: int = 2
+
+
+@frozen(slots=True)
+class Rdtscp(Exit):
+    """RDTSCP; ``value`` is the virtual time that it returned (reason 51)."""
+
+    reason: ClassVar[ExitReason] = ExitReason.RDTSCP
+
+    value: int
+    length: int = 3
+
+
+@frozen(slots=True)
+class Vmcall(Exit):
+    """VMCALL (reason 18). ``number`` of the call by convention in RAX."""
+
+    reason: ClassVar[ExitReason] = ExitReason.VMCALL
+
+    rax: int
+    length: int = 3
+
+
+@frozen(slots=True)
+class IoInstruction(Exit):
+    """IN, INS, OUT or OUTS (reason 30). ``size`` is 1, 2 or 4 bytes; ``direction`` is "in" or "out"."""
+
+    reason: ClassVar[ExitReason] = ExitReason.IO_INSTRUCTION
+
+    port: int
+    size: int
+    direction: str
+    value: int
+    qualification: int
+
+
+@frozen(slots=True)
+class Mtf(Exit):
+    """Monitor trap flag: the one instruction that the guest was let through with is complete (reason 37).
+
+    ``rip`` is where the guest goes on.
+    """
+
+    reason: ClassVar[ExitReason] = ExitReason.MTF
+
+
+@frozen(slots=True)
+class EptViolation(Exit):
+    """A guest-physical access that the EPT does not allow; nothing of it has happened (reason 48).
+
+    ``qualification`` has the bits of SDM table 28-7. ``gva`` is None when bit 7 is clear.
+    """
+
+    reason: ClassVar[ExitReason] = ExitReason.EPT_VIOLATION
+
+    qualification: int
+    gpa: int
+    gva: int | None
+
+
+@frozen(slots=True)
+class EptMisconfiguration(Exit):
+    """An EPT entry with a setting that the processor does not support (reason 49)."""
+
+    reason: ClassVar[ExitReason] = ExitReason.EPT_MISCONFIGURATION
+
+    gpa: int
+
+
+@frozen(slots=True)
+class Modification(Record):
+    """One architectural write that reached a code frame, or one change of code bytes by the host or a device.
+
+    ``instruction`` numbers the stepped instruction: records of one store over two frames share it. ``gva`` and
+    ``rip`` are None where no guest instruction is at work (``cause`` is not "store"). ``aliases`` are all
+    linear addresses known to reach ``gpa`` in the current address space, ``blocks`` the identities of the
+    translated blocks that died, in order of creation.
+    """
+
+    kind: ClassVar[str] = "modification"
+
+    gpa: int
+    gva: int | None
+    rip: int | None
+    old: bytes
+    new: bytes
+    cause: str
+    instruction: int
+    aliases: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
+
+    def to_json(self) -> Json:
+        """The modification's trace object; ``old`` and ``new`` as hexadecimal digits."""
+        return {
+            "kind": "modification",
+            "gpa": self.gpa,
+            "gva": self.gva,
+            "rip": self.rip,
+            "size": len(self.new),
+            "old": self.old.hex(),
+            "new": self.new.hex(),
+            "cause": self.cause,
+            "instruction": self.instruction,
+            "aliases": list(self.aliases),
+            "blocks": list(self.blocks),
+        }
+
+
+@frozen(slots=True)
+class BlockEvent(Record):
+    """A translated block was created, invalidated or evicted, and why."""
+
+    kind: ClassVar[str] = "block"
+
+    event: str
+    block: int
+    gpa: int
+    gva: int
+    size: int
+    mode: str
+    cause: str
+
+    def to_json(self) -> Json:
+        """The block event's trace object."""
+        return {
+            "kind": "block",
+            "event": self.event,
+            "block": self.block,
+            "gpa": self.gpa,
+            "gva": self.gva,
+            "size": self.size,
+            "mode": self.mode,
+            "cause": self.cause,
+        }
+
+
+@frozen(slots=True)
+class FrameEvent(Record):
+    """A frame went from one state to another (see the state table in ``docs/architecture.md``)."""
+
+    kind: ClassVar[str] = "frame"
+
+    gpa: int
+    before: str
+    after: str
+    cause: str
+
+    def to_json(self) -> Json:
+        """The transition's trace object."""
+        return {"kind": "frame", "gpa": self.gpa, "from": self.before, "to": self.after, "cause": self.cause}
+
+
+@frozen(slots=True)
+class Injection(Record):
+    """An event was delivered through the guest's IDT at VM entry (SDM vol. 3, 27.6 "Event injection").
+
+    ``type`` is "hardware exception", "software interrupt", "software exception" or "external interrupt";
+    ``rip`` is where the handler starts.
+    """
+
+    kind: ClassVar[str] = "injection"
+
+    vector: int
+    type: str
+    error_code: int | None
+    rip: int
+
+    def to_json(self) -> Json:
+        """The injection's trace object."""
+        return {
+            "kind": "injection",
+            "vector": self.vector,
+            "type": self.type,
+            "error_code": self.error_code,
+            "rip": self.rip,
+        }
+
+
+@frozen(slots=True)
+class End(Record):
+    """How the run ended. ``detail`` carries what the reason defines (port and value, for one)."""
+
+    kind: ClassVar[str] = "end"
+
+    reason: str
+    rip: int
+    detail: Json = field(factory=dict)
+
+    def to_json(self) -> Json:
+        """The end's trace object."""
+        return {"kind": "end", "reason": self.reason, "rip": self.rip, **self.detail}
