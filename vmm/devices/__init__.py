@@ -1,1 +1,7 @@
-"""."""
+"""Ports and the devices behind them."""
+
+from vmm.devices.bus import Device, PortBus
+from vmm.devices.console import ConsolePort
+from vmm.devices.debug_exit import DebugExit
+
+__all__ = ["ConsolePort", "DebugExit", "Device", "PortBus"]

@@ -1,0 +1,176 @@
+"""How a run ends, and what has happened by then."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from unicorn import Uc, UcError
+from unicorn.unicorn_const import UC_ARCH_X86, UC_HOOK_MEM_WRITE_PROT, UC_MEM_FETCH, UC_MODE_64
+from unicorn.unicorn_py3.unicorn import UcContext
+from unicorn.x86_const import UC_X86_REG_RAX, UC_X86_REG_RCX, UC_X86_REG_RDI, UC_X86_REG_RIP
+
+from .bare_unicorn import CODE, DATA, OK, PAGE, REFUSED, Bare, R, asm
+
+OUT_80 = "mov eax, 5; add eax, 0x7ffffffb; out 0x80, al; "
+AT_OUT = CODE + 10
+AFTER_OUT = CODE + 12
+
+
+def test_q30_until_is_fetched_when_the_run_ends() -> None:
+    b = Bare()
+    b.uc.ctl_exits_enabled(False)
+    b.put(CODE, "hlt")
+    b.uc.emu_start(CODE, 0x5123)
+    assert (0x5000, UC_MEM_FETCH) in b.fills
+
+
+def test_q30_with_exits_enabled_and_none_set_nothing_is_fetched() -> None:
+    b = Bare()
+    b.put(CODE, "hlt")
+    b.uc.emu_start(CODE, 0x5123)
+    assert b.fills == [(CODE, UC_MEM_FETCH)]
+
+
+def test_q31_hlt_returns_success_with_rip_behind_it() -> None:
+    b = Bare()
+    b.put(CODE, "inc eax; hlt; inc ebx; hlt")
+    assert (b.run(), b.pc) == (OK, CODE + 3)
+    assert (b.run(b.pc), b.pc, b["rbx"]) == (OK, CODE + 6, 1)
+
+
+def stop(uc: Uc, *_rest: object) -> int:
+    uc.emu_stop()
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("rest", "pc", "ecx", "stored"),
+    [
+        ("inc ecx; inc ecx; jmp 0x1800", 0x1800, 2, 0),
+        ("inc ecx; mov [rdi], cl; inc ecx; jmp 0x1800", AFTER_OUT + 2, 1, 1),  # stored, but RIP is at the store
+        ("inc ecx; inc byte ptr [rdi]; inc ecx; jmp 0x1800", AFTER_OUT + 2, 1, 0),
+        ("lock inc byte ptr [rdi]; jmp 0x1800", AFTER_OUT, 0, 0),
+    ],
+)
+def test_q32_a_stop_in_an_out_hook_waits_for_a_memory_access_or_the_end_of_the_block(
+    rest: str, pc: int, ecx: int, stored: int
+) -> None:
+    b = Bare()
+    b.put(CODE, OUT_80 + rest)
+    b["rdi"] = DATA
+    b.on_instruction("out", stop)
+    assert b.run() == OK
+    assert (b.pc, b["rcx"], b.ram[DATA]) == (pc, ecx, stored)
+
+
+def test_q32_rip_written_in_an_out_hook_is_lost() -> None:
+    b = Bare()
+    b.put(CODE, OUT_80 + "inc ecx; hlt")
+
+    def hook(_uc: Uc, *_rest: object) -> None:
+        b["rip"] = 0x3000
+
+    b.on_instruction("out", hook)
+    assert (b.run(), b.pc, b["rcx"]) == (OK, AFTER_OUT + 3, 1)
+
+
+class Stoppable(Bare):
+    """Stops exactly at an OUT: what the rest of the block would do is kept off memory and thrown away."""
+
+    stopped_at: UcContext | None = None
+
+    def fill(self, uc: Uc, *arguments: object) -> bool:
+        return self.stopped_at is None and super().fill(uc, *arguments)  # type: ignore[arg-type]
+
+    def on_out(self, uc: Uc, *_rest: object) -> None:
+        if self.stopped_at is None:
+            self.stopped_at = uc.context_save()
+            self.flush_tlb()
+            uc.emu_stop()
+
+
+@pytest.mark.parametrize("rest", ["inc ecx; mov [rdi], cl; hlt", "lock inc byte ptr [rdi]; hlt", "inc ecx; jmp rax"])
+def test_q32_saved_context_empty_tlb_and_refused_fills_make_the_stop_exact(rest: str) -> None:
+    b = Stoppable()
+    b.put(CODE, OUT_80 + rest)
+    b["rdi"] = DATA
+    b.run(CODE)  # OUT without a hook: nothing stops it, and the page of the store is in the TLB
+    b.ram[DATA], b["rcx"] = 0, 0
+    b.on_instruction("out", b.on_out)
+    b.run()
+    assert b.stopped_at is not None
+    b.uc.context_restore(b.stopped_at)
+    assert (b.pc, b["rcx"], b["rflags"], b.ram[DATA]) == (AT_OUT, 0, 0x896, 0)
+
+
+@pytest.mark.parametrize("name", ["in", "out", "cpuid", "syscall", "sysenter"])
+def test_q33_rip_and_flags_are_exact_in_an_instruction_hook(name: str) -> None:
+    b = Bare()
+    text = {"in": "in al, 0x80", "out": "out 0x80, al"}.get(name, name)
+    b.put(CODE, OUT_80.replace("out 0x80, al", text) + "inc ecx; hlt")
+    seen: list[tuple[int, int]] = []
+
+    def hook(_uc: Uc, *_rest: object) -> int:
+        seen.append((b.pc, b["rflags"]))
+        return 0
+
+    b.on_instruction(name, hook)
+    assert b.run() == OK
+    assert seen == [(AT_OUT, 0x896)]
+
+
+def test_q33_ins_and_outs_call_once_an_element_and_fault_before_the_device_is_touched() -> None:
+    b = Bare()
+    b.put(CODE, b"\xf3\x6c\xf4")  # rep insb; hlt
+    calls: list[int] = []
+
+    def hook(_uc: Uc, _port: int, _size: int, _data: object) -> int:
+        calls.append(b["rdi"])
+        return 0x41
+
+    b.on_instruction("in", hook)
+    b.refuse(DATA + PAGE)
+    b["rdi"], b["rcx"] = DATA + PAGE - 2, 5
+    assert b.run() == REFUSED
+    assert calls == [DATA + PAGE - 2, DATA + PAGE - 1]
+    assert (b.pc, b["rcx"]) == (CODE, 3)
+
+
+def test_q34_a_stop_from_another_thread_replays_read_modify_writes() -> None:
+    """Statistical: each stop has a large chance; that none of 40 shows it is out of the question."""
+    replayed = 0
+    for _ in range(40):
+        b = Bare()
+        b.put(CODE, "l: inc qword ptr [rdi]; inc rcx; cmp rcx, rdx; jb l; hlt")
+        b["rdi"], b["rdx"] = DATA, 1 << 40
+        timer = threading.Timer(0.002, b.uc.emu_stop)
+        timer.start()
+        b.run()
+        timer.join()
+        at_loop = b.pc == CODE
+        memory = int.from_bytes(b.ram[DATA : DATA + 8], "little")
+        replayed += at_loop and memory == b["rcx"] + 1  # stored, but RIP is still at the INC
+        if replayed:
+            break
+    assert replayed
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_q35_a_write_prot_hook_drops_the_store_or_runs_on(answer: bool) -> None:
+    uc = Uc(UC_ARCH_X86, UC_MODE_64)
+    uc.mem_map(0, 0x10000)
+    uc.mem_map(DATA, PAGE, R)
+    uc.mem_write(CODE, asm("mov [rdi], cl; inc eax; inc eax; hlt"))
+    uc.reg_write(UC_X86_REG_RDI, DATA)
+    uc.reg_write(UC_X86_REG_RCX, 7)
+    uc.hook_add(UC_HOOK_MEM_WRITE_PROT, lambda *_arguments: answer)
+    if answer:
+        uc.emu_start(CODE, 0)
+        assert uc.reg_read(UC_X86_REG_RAX) == 2
+    else:
+        with pytest.raises(UcError, match="WRITE_PROT"):
+            uc.emu_start(CODE, 0)
+        ran_on = uc.reg_read(UC_X86_REG_RAX)
+        assert (uc.reg_read(UC_X86_REG_RIP), ran_on) == (CODE, 0)
+    assert uc.mem_read(DATA, 1) == b"\0"

@@ -1,0 +1,64 @@
+"""The free-running engine: translated blocks at full speed until something is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vmm.cpu import binding as b
+from vmm.cpu.context import Context
+from vmm.cpu.engine import Engine, Stop
+from vmm.memory import GuestMemory
+
+#: (linear address, size in bytes, digest of the CPU mode); called before the block is first executed.
+TranslationObserver = Callable[[int, int], None]
+#: (linear address, size in bytes); called at each entry of a block.
+EntryObserver = Callable[[int, int], None]
+
+
+class FreeRunningEngine(Engine):
+    """Executes the guest until an exit.
+
+    Hooks that cost nothing while nothing happens are always on. ``audit`` adds one call a block entry, which
+    makes the engine an order of magnitude slower.
+    """
+
+    def __init__(self, memory: GuestMemory, *, audit: bool) -> None:
+        self.on_translate: TranslationObserver
+        self.on_entry: EntryObserver
+        self._audit = audit
+        super().__init__(memory)
+
+    def _add_hooks(self) -> None:
+        super()._add_hooks()
+        self._hook(b.HOOK_EDGE_GENERATED, b.EdgeGenerated(self._on_edge))
+        if self._audit:
+            self._hook(b.HOOK_BLOCK, b.BlockEntry(self._on_block))
+
+    def run(self, context: Context) -> Stop:
+        """Go on from ``context`` until a stop; ``context`` then holds the state at it."""
+        self._start(context, 0)
+        # HLT is the one stop that no callback announces; it leaves RIP behind the instruction.
+        return self.stop or Stop.HALT
+
+    def ask_to_stop(self) -> None:
+        """Stop at the next boundary (see ``Engine.ask_to_stop``)."""
+        if self.stop is None:
+            self.stop = Stop.ASKED
+        super().ask_to_stop()
+
+    def _on_edge(self, _engine: int, block: Any, _previous: int, _data: int) -> None:
+        if self._saved is not None or self.failure is not None:
+            return
+        try:
+            self.on_translate(block[0], block[1] >> 16 & 0xFFFF)
+        except BaseException as failure:  # noqa: BLE001 - raised after the stop
+            self._fail(failure)
+
+    def _on_block(self, _engine: int, address: int, size: int, _data: int) -> None:
+        if self._saved is not None or self.failure is not None:
+            return
+        try:
+            self.on_entry(address, size)
+        except BaseException as failure:  # noqa: BLE001 - raised after the stop
+            self._fail(failure)

@@ -1,0 +1,65 @@
+"""The stepping engine: exactly one instruction, fetched from a latched copy of its page.
+
+It never runs more than one instruction at a time, so it needs no trust in cached blocks (quirk "count-one"), and
+its write hook slows nobody down. Instruction bytes come from *latched copies*: the frame itself may be writable
+during the step, and no host page is ever writable and executable at once.
+"""
+
+from __future__ import annotations
+
+from vmm.cpu import binding as b
+from vmm.cpu.context import Context
+from vmm.cpu.engine import PRIVATE_BASE, PRIVATE_PAGES, Engine, Stop
+from vmm.memory import PAGE, GuestMemory
+
+
+class SteppingEngine(Engine):
+    """Executes one instruction and lists the guest memory that it wrote."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        #: (host address, size in bytes) of each store of the last step, in order; a store that straddles a page
+        #: is there once, with the address of its first byte.
+        self.writes: list[tuple[int, int]] = []
+        self._slots: dict[int, int] = {}
+        self._latched: dict[int, bytes] = {}
+        self._next_slot = 0
+        super().__init__(memory)
+
+    def _add_hooks(self) -> None:
+        super()._add_hooks()
+        self._hook(b.HOOK_MEMORY_WRITE, b.MemoryAccess(self._on_write))
+
+    def step(self, context: Context) -> Stop:
+        """Execute one instruction (one iteration of a REP) from ``context``, which then holds the state after it.
+
+        On any stop but ``STEPPED`` and ``INTERRUPT`` by a software interrupt, nothing of the instruction is done.
+        HLT counts as stepped; whoever asks for the step knows the instruction.
+        """
+        self.writes.clear()
+        self.flush_tlb()
+        self._start(context, 1)
+        return self.stop or Stop.STEPPED
+
+    def latch(self, hpa: int) -> int:
+        """The host address of an up-to-date copy of the page at ``hpa``, for fetching from."""
+        content = self._memory.read(hpa, PAGE)
+        slot = self._slots.get(hpa)
+        if slot is None:
+            slot = self._take_slot(hpa)
+        if self._latched.get(slot) != content:
+            self._latched[slot] = content
+            self._private.write(slot * PAGE, content)
+            self.forget(PRIVATE_BASE + slot * PAGE, PAGE)
+        return PRIVATE_BASE + slot * PAGE
+
+    def _take_slot(self, hpa: int) -> int:
+        slot = self._next_slot
+        self._next_slot = (slot + 1) % PRIVATE_PAGES
+        for other in [page for page, used in self._slots.items() if used == slot]:
+            del self._slots[other]
+        self._slots[hpa] = slot
+        return slot
+
+    def _on_write(self, _engine: int, _access: int, hpa: int, size: int, _value: int, _data: int) -> None:
+        self.writes.append((hpa, size))
+

@@ -1,0 +1,193 @@
+"""What an instruction is and which memory it touches, from its bytes.
+
+The engines tell the page of a refused access, not the address; the address comes from here. Decoding is
+remembered by the instruction's bytes, so that a trap in a loop costs one dictionary look-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Final
+
+from attrs import frozen
+from iced_x86 import (
+    Code,
+    CodeSize,
+    Decoder,
+    Formatter,
+    FormatterSyntax,
+    Instruction,
+    InstructionInfoFactory,
+    MemorySizeExt,
+    Mnemonic,
+    OpAccess,
+    Register,
+    RegisterExt,
+)
+
+MAX_LENGTH: Final = 15
+
+_READS: Final = {OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
+_WRITES: Final = {OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
+_GPR64: Final = {
+    Register.RAX: 0, Register.RCX: 1, Register.RDX: 2, Register.RBX: 3, Register.RSP: 4, Register.RBP: 5,
+    Register.RSI: 6, Register.RDI: 7, Register.R8: 8, Register.R9: 9, Register.R10: 10, Register.R11: 11,
+    Register.R12: 12, Register.R13: 13, Register.R14: 14, Register.R15: 15,
+}  # fmt: skip
+_SEGMENTS: Final = {
+    Register.ES: 0, Register.CS: 1, Register.SS: 2, Register.DS: 3, Register.FS: 4, Register.GS: 5,
+}  # fmt: skip
+_IP: Final = {Register.RIP, Register.EIP}
+#: Instructions that read or write a descriptor table or the TSS with supervisor rights at any CPL.
+_DESCRIPTOR_USERS: Final = {
+    Mnemonic.MOV, Mnemonic.POP, Mnemonic.LDS, Mnemonic.LES, Mnemonic.LFS, Mnemonic.LGS, Mnemonic.LSS,
+    Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF, Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ, Mnemonic.LAR,
+    Mnemonic.LSL, Mnemonic.VERR, Mnemonic.VERW, Mnemonic.IN, Mnemonic.OUT, Mnemonic.INSB, Mnemonic.INSW,
+    Mnemonic.INSD, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD,
+}  # fmt: skip
+
+
+@frozen(slots=True)
+class MemoryOperand:
+    """One memory access of an instruction, as a recipe for its linear address.
+
+    ``size`` is in bytes, 0 if it depends on more than the instruction.
+    """
+
+    segment: int
+    base: int | None
+    index: int | None
+    scale: int
+    displacement: int
+    from_ip: bool
+    mask: int
+    size: int
+    reads: bool
+    writes: bool
+
+    def address(self, rip: int, gprs: Sequence[int], segment_base: Callable[[int], int]) -> int:
+        """The linear address, given RIP of the instruction and the general registers in encoding order."""
+        offset = self.displacement + (rip if self.from_ip else 0)
+        if self.base is not None:
+            offset += gprs[self.base]
+        if self.index is not None:
+            offset += gprs[self.index] * self.scale
+        linear = (offset & self.mask) + segment_base(self.segment)
+        return linear & (0xFFFF_FFFF_FFFF_FFFF if self.mask >> 32 else 0xFFFF_FFFF)
+
+
+@frozen(slots=True)
+class Decoded:
+    """One decoded instruction. ``length`` is 0 if the bytes are no instruction."""
+
+    length: int
+    mnemonic: int
+    operands: tuple[MemoryOperand, ...]
+    uses_descriptors: bool
+    stack_relative: bool
+
+    def modifies(self, address: int, locate: Callable[[MemoryOperand], int]) -> bool:
+        """Whether it reads and writes the memory at a linear address (read-modify-write)."""
+        return any(
+            operand.reads and operand.writes and locate(operand) <= address < locate(operand) + max(operand.size, 1)
+            for operand in self.operands
+        )
+
+    @property
+    def is_hlt(self) -> bool:
+        """Whether it is HLT."""
+        return self.mnemonic == Mnemonic.HLT
+
+    @property
+    def changes_mappings(self) -> bool:
+        """Whether it is INVLPG or a move to a control register, after which cached translations may be void."""
+        return self.mnemonic in (Mnemonic.INVLPG, Mnemonic.MOV, Mnemonic.LMSW, Mnemonic.WRMSR, Mnemonic.INVPCID)
+
+
+@lru_cache(maxsize=65536)
+def decode(code: bytes, bits: int) -> Decoded:
+    """Decode the first instruction in ``code`` (up to 15 bytes used) for a 16-, 32- or 64-bit code segment."""
+    instruction = Decoder(bits, code[:MAX_LENGTH], ip=0).decode()
+    if instruction.code == Code.INVALID:
+        return Decoded(0, Mnemonic.INVALID, (), uses_descriptors=False, stack_relative=False)
+    info = InstructionInfoFactory().info(instruction)
+    operands = tuple(
+        _operand(instruction, used, bits)
+        for used in info.used_memory()
+        if used.access not in (OpAccess.NO_MEM_ACCESS, OpAccess.NONE)
+    )
+    far = instruction.mnemonic not in (Mnemonic.MOV, Mnemonic.POP, Mnemonic.CALL, Mnemonic.JMP)
+    loads_segment = any(
+        RegisterExt.is_segment_register(instruction.op_register(i)) for i in range(instruction.op_count)
+    )
+    return Decoded(
+        length=instruction.len,
+        mnemonic=instruction.mnemonic,
+        operands=operands,
+        uses_descriptors=instruction.mnemonic in _DESCRIPTOR_USERS
+        and (far or loads_segment or _is_far(instruction)),
+        stack_relative=any(operand.segment == _SEGMENTS[Register.SS] for operand in operands),
+    )
+
+
+def _is_far(instruction: Instruction) -> bool:
+    return instruction.is_call_far or instruction.is_jmp_far or (
+        instruction.is_call_far_indirect or instruction.is_jmp_far_indirect
+    )
+
+
+def _operand(instruction: Instruction, used: object, bits: int) -> MemoryOperand:
+    base, index = used.base, used.index  # type: ignore[attr-defined]
+    from_ip = base in _IP or (base == Register.NONE and instruction.is_ip_rel_memory_operand)
+    size = {CodeSize.CODE16: 16, CodeSize.CODE32: 32, CodeSize.CODE64: 64}.get(used.address_size, bits)  # type: ignore[attr-defined]
+    return MemoryOperand(
+        segment=_SEGMENTS.get(used.segment, 3),  # type: ignore[attr-defined]
+        base=None if base in _IP else _gpr(base),
+        index=_gpr(index),
+        scale=used.scale,  # type: ignore[attr-defined]
+        displacement=used.displacement,  # type: ignore[attr-defined]
+        from_ip=from_ip,
+        mask=(1 << size) - 1,
+        size=MemorySizeExt.size(used.memory_size),  # type: ignore[attr-defined]
+        reads=used.access in _READS,  # type: ignore[attr-defined]
+        writes=used.access in _WRITES,  # type: ignore[attr-defined]
+    )
+
+
+def _gpr(register: int) -> int | None:
+    if register == Register.NONE:
+        return None
+    return _GPR64.get(RegisterExt.full_register(register))
+
+
+_PREFIXES: Final = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
+_REPEAT: Final = frozenset(b"\xf2\xf3")
+
+
+def io_operands(code: bytes) -> tuple[bool, bool, bool]:
+    """Of an IN, OUT, INS or OUTS: whether it is a string instruction, repeated, with an immediate port."""
+    repeated = False
+    for byte in code:
+        if byte in _REPEAT:
+            repeated = True
+        elif byte not in _PREFIXES and byte & 0xF0 != 0x40:
+            return byte & 0xFC == 0x6C, repeated and byte & 0xFC == 0x6C, byte & 0xFC == 0xE4
+    return False, False, False
+
+
+_formatter = Formatter(FormatterSyntax.INTEL)
+_formatter.hex_prefix = "0x"
+_formatter.hex_suffix = ""
+_formatter.space_after_operand_separator = True
+
+
+def disassemble(code: bytes, address: int, bits: int, *, limit: int) -> list[str]:
+    """Up to ``limit`` instructions as Intel-syntax text; bytes that are none show as ``(bad)``."""
+    lines = []
+    for instruction in Decoder(bits, code, ip=address):
+        if len(lines) == limit:
+            break
+        bad = instruction.code == Code.INVALID
+        lines.append("(bad)" if bad else _formatter.format(instruction))
+    return lines

@@ -1,0 +1,218 @@
+"""From what the user typed to a guest: a bundled guest's name, a guest.toml, a folder, a bare ELF64 image."""
+
+from __future__ import annotations
+
+import difflib
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+import vmm
+from vmm.errors import ImageError, InputError, ManifestError
+from vmm.guest.fields import PAGE, U64_MAX, is_canonical
+from vmm.guest.files import one_line, read_head, shown
+from vmm.guest.image import ELF_MAGIC, LoadedImage, Segment, load_elf, load_image
+from vmm.guest.manifest import (
+    MANIFEST_NAME,
+    MEMORY_LIMIT,
+    RESERVED_LONG,
+    CpuSpec,
+    Image,
+    MachineSpec,
+    Manifest,
+    Mapping,
+    Paging,
+    Policy,
+    read_manifest,
+)
+
+_NAMES_COMPARED: Final = 5000
+#: What a bare image gets in RAM: at least the first, and after its end at least the second.
+_BARE_MEMORY: Final = 4 << 20
+_BARE_ROOM: Final = 1 << 20
+
+
+@frozen(slots=True)
+class Guest:
+    """A guest, checked and ready to build: ``entry`` is the linear address where it starts."""
+
+    manifest: Manifest
+    image: LoadedImage
+    entry: int
+
+    @property
+    def name(self) -> str:
+        """The guest's name."""
+        return self.manifest.name
+
+
+@frozen(slots=True)
+class BundledGuest:
+    """A guest that comes with the VMM; ``path`` is that of its guest.toml."""
+
+    name: str
+    summary: str
+    path: Path
+
+
+def load_guest(path: str | Path) -> Guest:
+    """The guest that ``path`` means; raises ManifestError or ImageError.
+
+    A string without a path separator is the name of a bundled guest if there is one of that name. Otherwise
+    ``path`` is a guest.toml, a folder with one, or an ELF64 image without a manifest. Such an image runs in
+    long mode at CPL 0 with identity-mapped RAM (and its segments at p_vaddr, where that differs from
+    p_paddr), RSP at the end of RAM, and ends with a byte to port 0xf4.
+    """
+    bundled = _bundled_folders().get(str(path))
+    file = bundled / MANIFEST_NAME if bundled else Path(path)
+    if _is(file, "is_dir"):
+        file = file / MANIFEST_NAME
+    if not _is(file, "exists"):
+        raise _not_found(file, str(path))
+    if file.suffix == ".toml":
+        return _from_manifest(read_manifest(file))
+    fix = f"give a {MANIFEST_NAME} or an ELF64 image"
+    if read_head(file, len(ELF_MAGIC), error=ImageError, fix=fix) == ELF_MAGIC:
+        return _from_bare_elf(file)
+    what = f"neither an ELF64 image nor a {MANIFEST_NAME}"
+    raise ImageError(what, where=one_line(file), fix=f"describe the image in a {MANIFEST_NAME}")
+
+
+def bundled_guests() -> list[BundledGuest]:
+    """The guests that come with the VMM, by name; raises ManifestError if one of them is damaged."""
+    found = []
+    for name, folder in _bundled_folders().items():
+        path = folder / MANIFEST_NAME
+        found.append(BundledGuest(name, read_manifest(path).summary, path))
+    return found
+
+
+def _bundled_folders() -> dict[str, Path]:
+    package = Path(vmm.__file__).parent
+    for home in (package / "bundled_guests", package.parent / "guests"):
+        if home.is_dir():
+            folders = sorted(path.parent for path in home.glob(f"*/{MANIFEST_NAME}"))
+            return {folder.name: folder for folder in folders}
+    return {}
+
+
+def _is(path: Path, question: str) -> bool:
+    try:
+        return bool(getattr(path, question)())
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        return False
+
+
+def _not_found(file: Path, given: str) -> InputError:
+    known = tuple(_bundled_folders())
+    close = difflib.get_close_matches(given[:64], known, n=1)
+    if close:
+        fix = f"did you mean the bundled guest {close[0]}?"
+    elif file.name == MANIFEST_NAME:
+        fix = f"give a folder that holds a {MANIFEST_NAME}"
+    else:
+        fix = "give a file, or a name that `vmm guests` lists"
+    return ManifestError("no such guest or file", where=one_line(file), fix=fix)
+
+
+def _from_manifest(manifest: Manifest) -> Guest:
+    image = load_image(manifest.image, manifest.machine.memory)
+    guest = Guest(manifest, image, _entry(manifest, image))
+    _check_entry(guest)
+    _check_reachable(guest, "idt", manifest.cpu.idt)
+    _check_reachable(guest, "rsp0", manifest.cpu.rsp0 - 1 if manifest.cpu.rsp0 else None)
+    return guest
+
+
+def _entry(manifest: Manifest, image: LoadedImage) -> int:
+    entry = manifest.cpu.entry
+    if isinstance(entry, str):
+        address = image.symbols.address(entry)
+        if address is None:
+            close = difflib.get_close_matches(entry, list(islice(image.symbols, _NAMES_COMPARED)), n=1)
+            fix = f'did you mean "{close[0]}"?' if close else "name a symbol of the image, or give a number"
+            raise _cpu_error(manifest, "entry", f"the image has no symbol {shown(entry)}", fix)
+        return address
+    if entry is not None:
+        return entry
+    if image.entry is None:
+        fix = "give [cpu].entry, or link with -e"
+        raise ImageError("no entry point in the ELF header", where=one_line(manifest.image.file), fix=fix)
+    return image.entry
+
+
+def _check_entry(guest: Guest) -> None:
+    manifest, entry = guest.manifest, guest.entry
+    if "cr3" in manifest.cpu.registers:
+        return  # through page tables of the guest's own: the processor will see
+    gpa, mapping = _reach(manifest, entry)
+    if gpa is None:
+        fix = "map it in [[paging.map]]" if manifest.paging else "start inside of RAM"
+        raise _cpu_error(manifest, "entry", f"{entry:#x} is not an address of RAM", fix)
+    if not guest.image.holds(gpa):
+        ranges = ", ".join(f"{s.gpa:#x} to {s.gpa + len(s.data):#x}" for s in guest.image.segments[:4])
+        what = f"{entry:#x} (GPA {gpa:#x}) lies outside of the image"
+        raise _cpu_error(manifest, "entry", what, f"the image occupies {ranges}")
+    if mapping and "x" not in mapping.access:
+        what = f'{entry:#x} is mapped "{mapping.access}"'
+        raise _cpu_error(manifest, "entry", what, "map it with x, or start elsewhere")
+    if mapping and manifest.cpu.cpl == 3 and not mapping.user:
+        what = f"{entry:#x} is mapped for the supervisor only, and cpl is 3"
+        raise _cpu_error(manifest, "entry", what, "map it with user = true")
+
+
+def _check_reachable(guest: Guest, key: str, linear: int | None) -> None:
+    manifest = guest.manifest
+    if linear is None or "cr3" in manifest.cpu.registers or _reach(manifest, linear)[0] is not None:
+        return
+    fix = "map it in [[paging.map]]" if manifest.paging else "place it in RAM"
+    raise _cpu_error(manifest, key, f"{linear:#x} is not an address of RAM", fix)
+
+
+def _reach(manifest: Manifest, linear: int) -> tuple[int | None, Mapping | None]:
+    memory = manifest.machine.memory
+    if manifest.paging is None:
+        return (linear if 0 <= linear < memory else None), None
+    return manifest.paging.resolve(linear, memory) or (None, None)
+
+
+def _cpu_error(manifest: Manifest, key: str, what: str, fix: str) -> ManifestError:
+    return ManifestError(what, where=f"{one_line(manifest.path)}: [cpu].{key}", fix=fix)
+
+
+def _from_bare_elf(path: Path) -> Guest:
+    image = load_elf(path, MEMORY_LIMIT)
+    if image.entry is None:
+        raise ImageError("no entry point in the ELF header", where=one_line(path), fix="link with -e SYMBOL")
+    end = max(segment.end for segment in image.segments) + _BARE_ROOM
+    memory = min(max(_BARE_MEMORY, end + 0x1F_FFFF & ~0x1F_FFFF), MEMORY_LIMIT)
+    manifest = Manifest(
+        path=path,
+        name=one_line(path.stem),
+        image=Image("elf64", path),
+        machine=MachineSpec(memory, "long"),
+        cpu=CpuSpec(registers={"rsp": memory}),
+        paging=Paging("rwx", _linked_elsewhere(image, path)),
+        policy=Policy(code="load"),
+    )
+    guest = Guest(manifest, image, image.entry)
+    _check_entry(guest)
+    return guest
+
+
+def _linked_elsewhere(image: LoadedImage, path: Path) -> tuple[Mapping, ...]:
+    return tuple(_link_mapping(s, path) for s in image.segments if s.gva != s.gpa)
+
+
+def _link_mapping(segment: Segment, path: Path) -> Mapping:
+    first, gpa = segment.gva & -PAGE, segment.gpa & -PAGE
+    length = (segment.end + PAGE - 1 & -PAGE) - gpa
+    last = first + length - 1
+    start, size = RESERVED_LONG
+    usable = last <= U64_MAX and is_canonical(first) and is_canonical(last)
+    if (segment.gva - segment.gpa) % PAGE or not usable or (first < start + size and last >= start):
+        what = f"cannot map virtual address {segment.gva:#x} to physical address {segment.gpa:#x}"
+        raise ImageError(what, where=one_line(path), fix=f"describe the guest in a {MANIFEST_NAME}")
+    return Mapping(first, gpa, length, "rwx")

@@ -1,0 +1,415 @@
+"""``guest.toml``: a complete description of a run, schema "vmm-guest/1", read into frozen records.
+
+The reference, with every key's type, range and default, is ``docs/manifest.md``. In short::
+
+    schema, name, summary
+    [image]    format, file, load (flat only), symbols (flat only: a file in the format of nm)
+    [machine]  memory, mode
+    [cpu]      entry (an address, or a symbol's name), cpl, iopl, registers, idt, rsp0
+    [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
+    [policy]   reads, writes, code
+    [console]  port: what the guest writes there is its printed output
+    [end]      port, value, halt
+    [limits]   exits, seconds
+
+Registers that are not given are zero, except rflags = 2, mxcsr = 0x1f80 and fcw = 0x37f. ``rip`` is not
+among them: that is ``entry``. A long-mode guest that brings its own page tables gives ``registers.cr3`` and
+no ``[paging]``; a long-mode guest with neither gets ``identity = "rwx"``: long mode has no unpaged form.
+``iopl``, if given, replaces the IOPL field of ``registers.rflags``.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from typing import TYPE_CHECKING, Final, Literal
+
+from attrs import field, frozen
+
+from vmm.errors import ManifestError
+from vmm.guest.fields import PAGE, U16_MAX, U32_MAX, U64_MAX, Table, is_canonical
+from vmm.guest.files import one_line, read_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SCHEMA: Final = "vmm-guest/1"
+MANIFEST_NAME: Final = "guest.toml"
+MEMORY_LIMIT: Final = 1 << 30
+#: Linear addresses that the VMM keeps for GDT and TSS when it builds the page tables: (start, size).
+RESERVED_LONG: Final = (0xFFFF_FE00_0000_0000, 1 << 21)
+RESERVED_PROTECTED: Final = (0xFFC0_0000, 1 << 21)
+
+Mode = Literal["long", "protected", "real"]
+Format = Literal["flat", "elf64"]
+Access = Literal["r", "rw", "rx", "rwx"]
+
+MODES: Final[tuple[Mode, ...]] = ("long", "protected", "real")
+FORMATS: Final[tuple[Format, ...]] = ("flat", "elf64")
+ACCESSES: Final[tuple[Access, ...]] = ("r", "rw", "rx", "rwx")
+GPRS: Final = (
+    *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
+)
+XMMS: Final = tuple(f"xmm{i}" for i in range(16))
+REGISTERS: Final = (*GPRS, "rflags", "mxcsr", "fcw", "cr3", "fs_base", "gs_base", *XMMS)
+
+#: Bits of RFLAGS that exist, less VM: a guest cannot start in virtual-8086 mode (SDM vol. 1, figure 3-8).
+RFLAGS_VALID: Final = 0x3D_7FD7
+MXCSR_VALID: Final = 0xFFFF
+
+_MANIFEST_LIMIT: Final = 1 << 20
+_MAPS_LIMIT: Final = 1024
+_MAPPED_LIMIT: Final = 4 << 30
+_NAME_LENGTH: Final = 100
+_KEYS: Final = (
+    *("schema", "name", "summary", "image", "machine", "cpu", "paging", "policy", "console", "end", "limits"),
+)
+
+
+@frozen(slots=True)
+class Image:
+    """The guest's image file. ``load`` is the GPA of a flat image's first byte, None for ELF."""
+
+    format: Format
+    file: Path
+    load: int | None = None
+    symbols: Path | None = None
+
+
+@frozen(slots=True)
+class MachineSpec:
+    """RAM from GPA 0 (bytes: a multiple of 4096, 4 KiB to 1 GiB), and the mode that the guest starts in."""
+
+    memory: int
+    mode: Mode
+
+
+@frozen(slots=True)
+class CpuSpec:
+    """The initial CPU. ``registers`` holds only those that were given.
+
+    ``entry`` is a linear address, a symbol's name, or None for the ELF header's. ``iopl`` None leaves
+    RFLAGS as given. ``idt`` None is an empty IDT (in real mode: the vector table at 0).
+    """
+
+    entry: int | str | None = None
+    cpl: int = 0
+    iopl: int | None = None
+    registers: dict[str, int] = field(factory=dict)
+    idt: int | None = None
+    rsp0: int = 0
+
+
+@frozen(slots=True)
+class Mapping:
+    """``length`` bytes at linear address ``gva`` reach the frames at ``gpa``; all three are page-aligned."""
+
+    gva: int
+    gpa: int
+    length: int
+    access: Access
+    user: bool = True
+
+
+@frozen(slots=True)
+class Paging:
+    """The address space that the VMM builds. In ``maps`` later entries win, and all win over ``identity``."""
+
+    identity: Access | None = None
+    maps: tuple[Mapping, ...] = ()
+
+    def effective(self, memory: int) -> tuple[Mapping, ...]:
+        """All mappings in order, the identity of ``memory`` bytes of RAM as the first."""
+        first = () if self.identity is None else (Mapping(0, 0, memory, self.identity),)
+        return first + self.maps
+
+    def resolve(self, linear: int, memory: int) -> tuple[int, Mapping] | None:
+        """The GPA that ``linear`` reaches, and the mapping that decides; None where nothing is mapped."""
+        for mapping in reversed(self.effective(memory)):
+            if mapping.gva <= linear < mapping.gva + mapping.length:
+                return mapping.gpa + linear - mapping.gva, mapping
+        return None
+
+
+@frozen(slots=True)
+class Policy:
+    """How the trap behaves; ``docs/manifest.md`` has the meaning of each word."""
+
+    reads: Literal["step", "grant"] = "step"
+    writes: Literal["step", "window", "adaptive"] = "step"
+    code: Literal["load", "fetch"] = "fetch"
+
+
+@frozen(slots=True)
+class Console:
+    """The port whose bytes are the guest's printed output."""
+
+    port: int = 0xE9
+
+
+@frozen(slots=True)
+class End:
+    """What ends the run as expected: a byte on ``port`` (if given, ``value``), HLT with interrupts off."""
+
+    port: int | None = 0xF4
+    value: int | None = None
+    halt: bool = False
+
+
+@frozen(slots=True)
+class Limits:
+    """Budgets after which the run is cut off: VM exits, and seconds of wall-clock time as a safety net."""
+
+    exits: int = 1_000_000
+    seconds: float = 300.0
+
+
+@frozen(slots=True)
+class Manifest:
+    """A whole ``guest.toml``. ``paging`` is None where the VMM builds no page tables."""
+
+    path: Path
+    name: str
+    image: Image
+    machine: MachineSpec
+    cpu: CpuSpec
+    paging: Paging | None
+    summary: str = ""
+    policy: Policy = Policy()
+    console: Console = Console()
+    end: End = End()
+    limits: Limits = Limits()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in the file ``path``; raises ManifestError. The image's file is not looked at."""
+    data = read_file(path, _MANIFEST_LIMIT, error=ManifestError, fix=f"give the path of a {MANIFEST_NAME}")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as problem:
+        what = f"not UTF-8 at byte {problem.start}"
+        raise ManifestError(what, where=one_line(path), fix="save the file as UTF-8 text") from None
+    return parse_manifest(text, path)
+
+
+def parse_manifest(text: str, path: Path) -> Manifest:
+    """The manifest in ``text``, its file names relative to the folder of ``path``; raises ManifestError."""
+    origin = one_line(path)
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as problem:
+        raise ManifestError(one_line(problem), where=origin, fix="correct the TOML syntax there") from None
+    except ValueError:
+        # int() refuses more decimal digits than sys.get_int_max_str_digits() as a plain ValueError.
+        digits = sys.get_int_max_str_digits()
+        what = f"holds a date that does not exist or a number of more than {digits} digits"
+        raise ManifestError(what, where=origin, fix="remove it") from None
+    except RecursionError:
+        raise ManifestError("nested too deeply", where=origin, fix="use plain tables") from None
+    # The schema first: another version has other keys.
+    Table(values, "", origin, values).choice("schema", (SCHEMA,))
+    return _manifest(Table(values, "", origin, _KEYS), path)
+
+
+def _manifest(top: Table, path: Path) -> Manifest:
+    machine = _machine(top.table("machine", ("memory", "mode")))
+    image = _image(top.table("image", ("format", "file", "load", "symbols")), machine, path.parent)
+    cpu = _cpu(top, machine, image)
+    end = _end(top.table("end", ("port", "value", "halt")))
+    return Manifest(
+        path=path,
+        name=top.string("name", longest=_NAME_LENGTH),
+        summary=top.string("summary", longest=200, default=""),
+        image=image,
+        machine=machine,
+        cpu=cpu,
+        paging=_paging(top, machine, cpu),
+        policy=_policy(top.table("policy", ("reads", "writes", "code")), image),
+        console=_console(top.table("console", ("port",)), end),
+        end=end,
+        limits=_limits(top.table("limits", ("exits", "seconds"))),
+    )
+
+
+def _machine(table: Table) -> MachineSpec:
+    return MachineSpec(
+        memory=table.integer("memory", PAGE, MEMORY_LIMIT, multiple=PAGE),
+        mode=table.choice("mode", MODES),
+    )
+
+
+def _image(table: Table, machine: MachineSpec, folder: Path) -> Image:
+    form = table.choice("format", FORMATS)
+    file = folder / table.string("file", longest=1000)
+    if form == "flat":
+        symbols = folder / table.string("symbols", longest=1000) if "symbols" in table else None
+        return Image(form, file, table.integer("load", 0, machine.memory - 1), symbols)
+    for key in ("load", "symbols"):
+        if key in table:
+            raise table.error(key, "only flat images have it, ELF images carry their own", "remove it")
+    return Image(form, file)
+
+
+def _cpu(top: Table, machine: MachineSpec, image: Image) -> CpuSpec:
+    hints = {
+        "cr3": "give it as registers = { cr3 = … }",
+        "rip": "give it as entry",
+        "rsp": "give it as registers = { rsp = … }",
+        "rflags": "give it as registers = { rflags = … }",
+    }
+    table = top.table("cpu", ("entry", "cpl", "iopl", "registers", "idt", "rsp0"), hints)
+    cpu = CpuSpec(
+        entry=_entry(table, machine, image),
+        cpl=table.integer("cpl", 0, 0 if machine.mode == "real" else 3, default=0),
+        iopl=table.maybe_integer("iopl", 0, 3),
+        registers=_registers(table.table("registers", REGISTERS, {"rip": "give it as [cpu].entry"}), machine),
+        idt=table.maybe_integer("idt", 0, _last_linear(machine)),
+        rsp0=table.integer("rsp0", 0, _last_linear(machine), default=0),
+    )
+    if machine.mode == "real" and cpu.rsp0:
+        raise table.error("rsp0", "real mode has no TSS", "remove it")
+    if machine.mode == "long":
+        for key, value in (("entry", cpu.entry), ("idt", cpu.idt), ("rsp0", cpu.rsp0)):
+            if isinstance(value, int) and not is_canonical(value):
+                raise table.error(key, f"{value:#x} is not canonical", "make bits 63 to 47 all equal")
+    return cpu
+
+
+def _entry(table: Table, machine: MachineSpec, image: Image) -> int | str | None:
+    if "entry" not in table and image.format == "elf64":
+        return None
+    if table.is_string("entry"):
+        return table.string("entry", longest=256)
+    # A real-mode entry must be within reach of CS:IP.
+    return table.integer("entry", 0, 0xF_FFFF if machine.mode == "real" else _last_linear(machine))
+
+
+def _registers(table: Table, machine: MachineSpec) -> dict[str, int]:
+    return {name: _register(table, name, machine) for name in REGISTERS if name in table}
+
+
+def _register(table: Table, name: str, machine: MachineSpec) -> int:
+    long = machine.mode == "long"
+    if name in ("rflags", "mxcsr"):
+        value = table.integer(name, 0, U64_MAX)
+        reserved = value & ~(RFLAGS_VALID if name == "rflags" else MXCSR_VALID)
+        if reserved:
+            raise table.error(name, f"bits {reserved:#x} cannot be set at start", "clear them")
+        return value
+    if name == "fcw":
+        return table.integer(name, 0, U16_MAX)
+    if name.startswith("xmm"):
+        return table.integer(name, 0, (1 << 128) - 1)
+    if name == "cr3":
+        return _cr3(table, machine)
+    value = table.integer(name, 0, U64_MAX if long else U32_MAX)
+    if not long and name[1:].isdecimal():
+        raise table.error(name, "exists in 64-bit code only", 'remove it, or set mode = "long"')
+    if name.endswith("_base"):
+        _check_base(table, name, value, machine)
+    return value
+
+
+def _check_base(table: Table, name: str, value: int, machine: MachineSpec) -> None:
+    if machine.mode == "long" and not is_canonical(value):
+        raise table.error(name, f"{value:#x} is not canonical", "make bits 63 to 47 all equal")
+    if machine.mode == "real" and (value % 16 or value > 0xF_FFF0):
+        raise table.error(name, f"{value:#x} is no real-mode base", "give a multiple of 16 up to 0xffff0")
+
+
+def _cr3(table: Table, machine: MachineSpec) -> int:
+    if machine.mode != "long":
+        fix = "start without it and let the guest turn paging on"
+        raise table.error("cr3", "only a long-mode guest starts with page tables of its own", fix)
+    value = table.integer("cr3", 0, machine.memory - 1)
+    if value & 0xFE7:  # all but PWT and PCD of the low bits are reserved (SDM vol. 3, table 4-12)
+        raise table.error("cr3", f"{value:#x} has reserved bits set", "give a page-aligned address in RAM")
+    return value
+
+
+def _paging(top: Table, machine: MachineSpec, cpu: CpuSpec) -> Paging | None:
+    long = machine.mode == "long"
+    if "paging" not in top:
+        return Paging("rwx") if long and "cr3" not in cpu.registers else None
+    table = top.table("paging", ("identity", "map"))
+    if machine.mode == "real":
+        raise top.error("[paging]", "real mode has no paging", "remove it")
+    if "cr3" in cpu.registers:
+        what = "registers.cr3 says that the guest has its own page tables"
+        raise top.error("[paging]", what, "remove one of the two")
+    identity = table.choice("identity", ACCESSES) if "identity" in table else None
+    entries = table.tables("map", "[paging.map]", ("gva", "gpa", "length", "access", "user"), _MAPS_LIMIT)
+    mapped = 0 if identity is None else machine.memory
+    maps = []
+    for entry in entries:
+        maps.append(_mapping(entry, machine))
+        mapped += maps[-1].length
+        if mapped > _MAPPED_LIMIT:
+            what = f"more than {_MAPPED_LIMIT:#x} bytes are mapped altogether"
+            raise entry.error("length", what, "map less memory")
+    return Paging(identity, tuple(maps))
+
+
+def _mapping(table: Table, machine: MachineSpec) -> Mapping:
+    gva = table.integer("gva", 0, _last_linear(machine), multiple=PAGE)
+    gpa = table.integer("gpa", 0, machine.memory - PAGE, multiple=PAGE)
+    length = table.integer("length", PAGE, machine.memory, multiple=PAGE)
+    if gpa + length > machine.memory:
+        what = f"{gpa:#x}+{length:#x} lies out of RAM, which ends at {machine.memory:#x}"
+        raise table.error("length", what, "map less, or raise [machine].memory")
+    _check_linear(table, machine, gva, gva + length - 1)
+    return Mapping(
+        gva=gva,
+        gpa=gpa,
+        length=length,
+        access=table.choice("access", ACCESSES),
+        user=table.boolean("user", default=True),
+    )
+
+
+def _check_linear(table: Table, machine: MachineSpec, first: int, last: int) -> None:
+    long = machine.mode == "long"
+    if last > _last_linear(machine):
+        raise table.error("length", "the mapping wraps around the end of the address space", "map less")
+    if long and not (is_canonical(first) and is_canonical(last)):
+        raise table.error("gva", f"{first:#x} to {last:#x} is not all canonical", "map outside of the hole")
+    start, size = RESERVED_LONG if long else RESERVED_PROTECTED
+    if first < start + size and last >= start:
+        what = f"{start:#x} to {start + size - 1:#x} is where the VMM keeps GDT and TSS"
+        raise table.error("gva", what, "map somewhere else")
+
+
+def _last_linear(machine: MachineSpec) -> int:
+    return U64_MAX if machine.mode == "long" else U32_MAX
+
+
+def _policy(table: Table, image: Image) -> Policy:
+    return Policy(
+        reads=table.choice("reads", ("step", "grant"), default="step"),
+        writes=table.choice("writes", ("step", "window", "adaptive"), default="step"),
+        code=table.choice("code", ("load", "fetch"), default="load" if image.format == "elf64" else "fetch"),
+    )
+
+
+def _end(table: Table) -> End:
+    halt = table.boolean("halt", default=False)
+    port = table.maybe_integer("port", 0, U16_MAX)
+    value = table.maybe_integer("value", 0, 0xFF)
+    if value is not None and halt and port is None:
+        raise table.error("value", "has no port to be written to", "give port, or remove value")
+    return End(0xF4 if port is None and not halt else port, value, halt)
+
+
+def _console(table: Table, end: End) -> Console:
+    console = Console(table.integer("port", 0, U16_MAX, default=Console().port))
+    if console.port == end.port:
+        raise table.error("port", f"{console.port:#x} is [end].port too", "give one of them another number")
+    return console
+
+
+def _limits(table: Table) -> Limits:
+    return Limits(
+        exits=table.integer("exits", 1, (1 << 63) - 1, default=Limits().exits),
+        seconds=table.seconds("seconds", 1e6, default=Limits().seconds),
+    )

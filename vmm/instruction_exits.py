@@ -1,0 +1,91 @@
+"""The exits that an instruction causes by itself: port I/O, CPUID, and the reading of time."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from vmm.cpu.engine import Engine
+from vmm.decode import io_operands
+from vmm.devices import PortBus
+from vmm.exits import Cpuid, ExitReason, IoInstruction, Rdtsc, Rdtscp
+from vmm.mmu import Mmu
+from vmm.reporter import Reporter
+
+#: Virtual time-stamp ticks that each VM exit takes. Time depends on nothing else, so that runs repeat.
+TICKS_PER_EXIT: Final = 1000
+
+_IN: Final = 1 << 3
+
+
+class InstructionExits:
+    """Implements ``vmm.vcpu.Platform`` for a port bus and a reporter.
+
+    An access is answered in the middle of a block, unless its device or a handler may act on the guest: then the
+    guest stops before the instruction, which is stepped.
+    """
+
+    def __init__(self, bus: PortBus, reporter: Reporter) -> None:
+        self.bus: Final = bus
+        #: What a script wants the current IN to read.
+        self.override: int | None = None
+        self.mmu: Mmu
+        self._reporter = reporter
+
+    def port_in(self, engine: Engine, port: int, size: int, *, exact: bool) -> int | None:
+        """IN."""
+        if not exact and (self._reporter.interactive or self.bus.is_exact(port)):
+            return None
+        value = self.bus.read(port, size)
+        self._reporter.count(ExitReason.IO_INSTRUCTION)
+        if self._reporter.observed:
+            self.override = None
+            self._report(engine, port, size, value, "in")
+            if self.override is not None:
+                value = self.override & (1 << 8 * size) - 1
+        return value
+
+    def port_out(self, engine: Engine, port: int, size: int, value: int, *, exact: bool) -> bool:
+        """OUT."""
+        if not exact and (self._reporter.interactive or self.bus.is_exact(port)):
+            return False
+        self._reporter.count(ExitReason.IO_INSTRUCTION)
+        if not self._reporter.observed or self._report(engine, port, size, value, "out") is not True:
+            self.bus.write(port, size, value)
+        return True
+
+    def cpuid(self, engine: Engine, leaf: int, subleaf: int, *, exact: bool) -> bool:
+        """CPUID; the processor's own answer stands."""
+        if not exact and self._reporter.interactive:
+            return False
+        self._reporter.count(ExitReason.CPUID)
+        if self._reporter.observed:
+            self._reporter.exit(Cpuid(rip=engine.rip, leaf=leaf, subleaf=subleaf))
+        return True
+
+    def timestamp(self, engine: Engine, *, with_processor_id: bool, exact: bool) -> int | None:
+        """RDTSC and RDTSCP read virtual time."""
+        if not exact and self._reporter.interactive:
+            return None
+        self._reporter.count(ExitReason.RDTSCP if with_processor_id else ExitReason.RDTSC)
+        now = self._reporter.total * TICKS_PER_EXIT
+        if self._reporter.observed:
+            kind = Rdtscp if with_processor_id else Rdtsc
+            self._reporter.exit(kind(rip=engine.rip, value=now))
+        return now
+
+    def _report(self, engine: Engine, port: int, size: int, value: int, direction: str) -> object:
+        rip = engine.rip
+        string, repeated, immediate = io_operands(self.mmu.instruction_bytes(engine.linear(rip)))
+        qualification = (
+            size - 1
+            | (_IN if direction == "in" else 0)
+            | string << 4
+            | repeated << 5
+            | immediate << 6
+            | port << 16
+        )
+        return self._reporter.exit(
+            IoInstruction(
+                rip=rip, port=port, size=size, direction=direction, value=value, qualification=qualification
+            )
+        )

@@ -1,0 +1,66 @@
+"""Guest-linear memory as the VMM itself reaches it on the guest's behalf, for event delivery.
+
+Guest paging applies with all its faults. The EPT applies, too, but the VMM does not exit to itself: code frames
+may be read, and what is written to one goes through the door.
+"""
+
+from __future__ import annotations
+
+from attrs import define
+
+from vmm.cpu.context import Context
+from vmm.ept import ExtendedPageTables
+from vmm.memory import PAGE, GuestMemory
+from vmm.mmu import Mmu, UnmappedStructure
+from vmm.paging import Access, walk
+from vmm.trap.door import Door
+
+_LEAF_ADDRESS = 0x000F_FFFF_FFFF_F000
+
+
+@define(slots=True)
+class GuestLinearMemory:
+    """Implements ``vmm.cpu.state.LinearMemory`` for one vCPU."""
+
+    memory: GuestMemory
+    ept: ExtendedPageTables
+    mmu: Mmu
+    door: Door
+    context: Context
+
+    def read(self, address: int, size: int, *, user: bool) -> bytes:
+        """``size`` bytes; raises ``PageFault``."""
+        return b"".join(
+            self.memory.read(hpa, length) for hpa, _, length in self._places(address, size, Access.READ, user=user)
+        )
+
+    def check_write(self, address: int, size: int, *, user: bool) -> None:
+        """Raise what ``write`` would raise, writing nothing."""
+        self._places(address, size, Access.WRITE, user=user)
+
+    def write(self, address: int, data: bytes, *, user: bool) -> None:
+        """All of ``data`` or, raising ``PageFault``, none of it."""
+        done = 0
+        for hpa, gpa, length in self._places(address, len(data), Access.WRITE, user=user):
+            self.door.write(hpa, gpa, data[done : done + length], cause="event delivery")
+            done += length
+
+    def _places(self, address: int, size: int, access: Access, *, user: bool) -> list[tuple[int, int, int]]:
+        """(HPA, GPA, bytes) for each page of the range."""
+        wrap = (1 << 64) - 1 if self.context.efer >> 10 & 1 else (1 << 32) - 1
+        places = []
+        done = 0
+        with self.mmu.structure_access(self.door):
+            while done < size:
+                linear = address + done & wrap
+                offset = linear & PAGE - 1
+                length = min(size - done, PAGE - offset)
+                translation = walk(
+                    self.mmu, self.mmu.current_mode(), self.context.cr3, linear, access, user=user, implicit=not user
+                )
+                leaf = self.ept.translate(translation.gpa)
+                if not leaf:
+                    raise UnmappedStructure(translation.gpa, linear)
+                places.append((leaf & _LEAF_ADDRESS | offset, translation.gpa | offset, length))
+                done += length
+        return places

@@ -1,0 +1,83 @@
+"""Frames of guest memory: their state, and the addresses that reach them.
+
+A *frame* is a 4 KiB host page of guest memory; several GPAs may map to one, and several linear addresses (GVAs)
+to each GPA. The state decides what the EPT allows:
+
+===========  ===================  ============  =========================================================
+state        loads, stores        fetch         leaves it on
+===========  ===================  ============  =========================================================
+data         RW-                  no            first fetch: code
+code         --- or R-- (policy)  X             store: stepping, or window (policy); read: stepping, or R--
+stepping     RW- or R--           latched copy  the end of the one instruction: code
+window       RW-                  no            next fetch: code
+sealed       --- or R--           X             never; a store is refused
+===========  ===================  ============  =========================================================
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator
+
+from attrs import define, field
+
+from vmm.memory.ram import PAGE
+
+#: How many linear pages of one frame are remembered; a guest that maps a frame more often loses the oldest.
+MAX_ALIASES = 64
+
+
+class FrameState(enum.Enum):
+    """What a frame is to the trap (see the table above)."""
+
+    DATA = "data"
+    CODE = "code"
+    STEPPING = "stepping"
+    WINDOW = "window"
+    SEALED = "sealed"
+
+
+@define(slots=True, eq=False)
+class Frame:
+    """One frame. ``gpas`` are the pages that the EPT maps to it, ``linear`` the (CR3, GVA page) pairs seen."""
+
+    hpa: int
+    state: FrameState = FrameState.DATA
+    gpas: list[int] = field(factory=list)
+    linear: dict[tuple[int, int], None] = field(factory=dict)
+    #: Contents when the window was opened.
+    before: bytes = b""
+    #: Whether code reads were granted (policy), so that the frame is R-X instead of --X.
+    readable: bool = False
+    #: Writes trapped since the frame became code, for the adaptive policy.
+    traps: int = 0
+
+    def learn(self, root: int, page: int) -> None:
+        """Remember that a linear page of the address space ``root`` reached this frame."""
+        key = (root, page)
+        if key not in self.linear:
+            if len(self.linear) >= MAX_ALIASES:
+                del self.linear[next(iter(self.linear))]
+            self.linear[key] = None
+
+
+class Frames:
+    """All frames that anything was asked about, by host address.
+
+    ``gpa_of`` gives the GPA that a frame has from the start.
+    """
+
+    def __init__(self, gpa_of: Callable[[int], int]) -> None:
+        self._gpa_of = gpa_of
+        self._frames: dict[int, Frame] = {}
+
+    def at(self, hpa: int) -> Frame:
+        """The frame that holds an HPA."""
+        page = hpa & -PAGE
+        frame = self._frames.get(page)
+        if frame is None:
+            frame = self._frames[page] = Frame(page, gpas=[self._gpa_of(page)])
+        return frame
+
+    def __iter__(self) -> Iterator[Frame]:
+        return iter(self._frames.values())

@@ -1,0 +1,46 @@
+"""The bytes behind a guest: one mapping that all engines share.
+
+Host-physical addresses (HPA) are offsets into this mapping. The guest's RAM starts at HPA 0; the *system area*
+(page tables, GDT and TSS that the VMM builds for guests that bring none) follows. What a GPA means is the EPT's
+business.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import Final
+
+from vmm.errors import OptionError
+
+PAGE: Final = 4096
+MAX_SIZE: Final = 1 << 32
+
+
+
+class GuestMemory:
+    """``size`` bytes of zeroed memory, shared by every engine of a machine.
+
+    ``words`` is the same memory as 64-bit little-endian words, for page walks. Raises ``OptionError`` if ``size``
+    is not a multiple of 4096 or not in 4 KiB ... 4 GiB.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size % PAGE or not PAGE <= size <= MAX_SIZE:
+            raise OptionError(
+                f"{size:#x} bytes of guest memory", where="memory", fix="give a multiple of 4096 up to 4 GiB"
+            )
+        self.size: Final = size
+        self._map: Final = mmap.mmap(-1, size)
+        self.bytes: Final = memoryview(self._map)
+        self.words: Final = self.bytes.cast("Q")
+        self._anchor: Final = ctypes.c_char.from_buffer(self._map)
+        self.address: Final = ctypes.addressof(self._anchor)
+
+    def read(self, hpa: int, size: int) -> bytes:
+        """``size`` bytes from an HPA."""
+        return bytes(self.bytes[hpa : hpa + size])
+
+    def write(self, hpa: int, data: bytes) -> None:
+        """Put bytes at an HPA. The caller answers for translations (see ``Machine.invalidate``)."""
+        self.bytes[hpa : hpa + len(data)] = data

@@ -1,0 +1,394 @@
+"""Two-stage address translation for one vCPU: the guest's page tables, then the EPT.
+
+This is what answers the engines' TLB fills. A fill that both stages allow gets exactly the permissions that both
+allow; any other is refused, and the reason is kept in ``refusal`` for the VM exit that follows. Fills come at
+moments that depend on the host (the engine resizes its TLB by the clock), so nothing that a run shows may depend
+on how often they come: only refusals count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, Protocol
+
+from attrs import frozen
+
+from vmm.cpu.context import CR0_PE, EFER_LMA, RFLAGS_VM, Context
+from vmm.cpu.engine import FETCH, READ, WRITE, Engine, R, W, X
+from vmm.cpu.stepping import SteppingEngine
+from vmm.decode import MAX_LENGTH, Decoded, MemoryOperand, decode
+from vmm.ept import ExtendedPageTables
+from vmm.errors import GuestError
+from vmm.memory import PAGE, GuestMemory
+from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.paging import Access, EntryChanged, PageFault, PagingMode, Translation, walk
+
+PAGE_OFFSET: Final = PAGE - 1
+_LEAF_ADDRESS: Final = 0x000F_FFFF_FFFF_F000
+_ACCESS: Final = {READ: Access.READ, WRITE: Access.WRITE, FETCH: Access.FETCH}
+_NEEDED: Final = {READ: R, WRITE: W, FETCH: X}
+_SELECTOR_TABLES: Final = ("ldtr", "tr")
+
+
+@frozen(slots=True)
+class GuestFault:
+    """The guest's page tables do not allow the access: a #PF is due. ``page`` is linear."""
+
+    page: int
+    access: int
+    error_code: int
+
+
+@frozen(slots=True)
+class NonCanonical:
+    """The linear address is not canonical: a #GP or #SS is due."""
+
+    page: int
+    access: int
+
+
+@frozen(slots=True)
+class Violation:
+    """The EPT does not allow the access: a VM exit is due.
+
+    ``page`` is linear, ``gpa`` the page's (or, for a paging structure, the entry's) guest-physical address,
+    ``leaf`` what the EPT said (0: nothing mapped), ``final`` false for an access to a paging structure.
+    """
+
+    page: int
+    access: int
+    gpa: int
+    leaf: int
+    final: bool
+
+
+Refusal = GuestFault | NonCanonical | Violation
+
+
+class PagingStructureViolation(Exception):  # noqa: N818 - a guest-physical fault on its way out of a walk
+    """The EPT does not allow an access to a guest paging-structure entry."""
+
+    def __init__(self, gpa: int, access: int, leaf: int) -> None:
+        super().__init__(gpa, access, leaf)
+        self.gpa, self.access, self.leaf = gpa, access, leaf
+
+
+class UnmappedStructure(GuestError):  # noqa: N818 - says what happened
+    """Event delivery needs guest-physical memory that does not exist."""
+
+    def __init__(self, gpa: int, linear: int) -> None:
+        super().__init__(f"event delivery reaches GPA {gpa:#x} (linear {linear:#x}), where there is no memory")
+        self.gpa, self.linear = gpa, linear
+
+
+class StructureWriter(Protocol):
+    """Where updates of paging structures go that the VMM makes on the guest's behalf."""
+
+    def write(self, hpa: int, gpa: int, data: bytes, *, cause: str) -> None:
+        """Change guest memory."""
+
+
+class Mmu:
+    """Address translation for one vCPU, in whichever mode its control registers select."""
+
+    def __init__(self, memory: GuestMemory, ept: ExtendedPageTables, frames: Frames, context: Context) -> None:
+        self.refusal: Refusal | None = None
+        #: Linear pages written in the current step: page -> (gpa page, hpa page).
+        self.written: dict[int, tuple[int, int]] = {}
+        #: Contents of the frames written in the current step, from before it.
+        self.undo: dict[int, bytes] = {}
+        #: While the VMM itself walks on the guest's behalf, paging structures in code frames may be read, and what
+        #: the walk changes in them goes here.
+        self._writer: StructureWriter | None = None
+        self._memory = memory
+        self._ept = ept
+        self._frames = frames
+        self._context = context
+        self._fetch_pages: dict[int, int] = {}
+        self._fixed_root: int | None = None
+        self._fixed: list[tuple[int, int, int]] = []
+        self._fixed_pages: dict[int, list[int]] = {}
+        self._mode_of: tuple[int, int, int] = (0, 0, 0)
+        self._mode = PagingMode.of(0, 0, 0)
+
+    # Fills
+
+    def fill_free(self, engine: Engine, page: int, access: int) -> int:
+        """Answer a fill of the free-running engine."""
+        found = self._translate(engine, page, access)
+        if found is None:
+            return 0
+        translation, leaf = found
+        if not leaf & _NEEDED[access]:
+            self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
+            return 0
+        if access == FETCH:
+            self._fetch_pages[page] = leaf & _LEAF_ADDRESS
+            return leaf & (_LEAF_ADDRESS | X)
+        allowed = R * translation.readable | W * translation.writable
+        return leaf & (_LEAF_ADDRESS | allowed)
+
+    def fill_step(self, engine: SteppingEngine, page: int, access: int) -> int:
+        """Answer a fill of the stepping engine: fetches come from latched copies, writes are kept track of."""
+        found = self._translate(engine, page, access)
+        if found is None:
+            return 0
+        translation, leaf = found
+        host = leaf & _LEAF_ADDRESS
+        if access == FETCH:
+            if self._frames.at(host).state in (FrameState.DATA, FrameState.WINDOW):
+                self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
+                return 0
+            self._fetch_pages[page] = host
+            return engine.latch(host) | X
+        if not leaf & _NEEDED[access]:
+            self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
+            return 0
+        if access == READ:
+            return host | R
+        self.written[page] = (translation.gpa, host)
+        if host not in self.undo:
+            self.undo[host] = self._memory.read(host, PAGE)
+        return host | R | W
+
+    def begin_step(self) -> None:
+        """Forget what earlier steps wrote."""
+        self.written = {}
+        self.undo = {}
+
+    def _translate(self, engine: Engine, page: int, access: int) -> tuple[Translation, int] | None:
+        """Both stages for a fill; None with ``refusal`` set if the first one does not allow it."""
+        cr0, cr3, cr4, efer, cs, rip = engine.control()
+        mode = self._paging_mode(cr0, cr4, efer)
+        if mode.levels > 3 and not -(1 << 9 * mode.levels + 11) <= _signed(page) < 1 << 9 * mode.levels + 11:
+            self.refusal = NonCanonical(page, access)
+            return None
+        user = cs & 3 == 3 and bool(cr0 & CR0_PE)
+        if not efer & EFER_LMA and cr0 & CR0_PE and engine.rflags() & RFLAGS_VM:
+            user = True
+        try:
+            translation = walk(self, mode, cr3, page, _ACCESS[access], user=user)
+        except PageFault as fault:
+            if user and fault.error_code & 1 and self._is_system_access(engine, page, access, rip):
+                return self._translate_system(mode, cr3, page, access)
+            self.refusal = GuestFault(page, access, fault.error_code)
+            return None
+        except PagingStructureViolation as violation:
+            self.refusal = Violation(page, violation.access, violation.gpa, violation.leaf, final=False)
+            return None
+        leaf = self._ept.translate(translation.gpa)
+        if leaf:
+            self._frames.at(leaf).learn(cr3 & _LEAF_ADDRESS, page)
+        return translation, leaf
+
+    def _paging_mode(self, cr0: int, cr4: int, efer: int) -> PagingMode:
+        if self._mode_of != (cr0, cr4, efer):
+            self._mode_of = (cr0, cr4, efer)
+            self._mode = PagingMode.of(cr0, cr4, efer)
+        return self._mode
+
+    def current_mode(self) -> PagingMode:
+        """The paging mode that the saved state selects."""
+        context = self._context
+        return self._paging_mode(context.cr0, context.cr4, context.efer)
+
+    # Accesses to descriptor tables from ring 3 (quirk "descriptor-fill")
+
+    def _is_system_access(self, engine: Engine, page: int, access: int, rip: int) -> bool:
+        """Whether a user-mode access that paging refuses is in truth the processor's own, to GDT, LDT or TSS.
+
+        The engine does not tell the privilege of a fill. The instruction does: it must be one that uses
+        descriptors, and none of its own operands may lie on the page.
+        """
+        if access == FETCH:
+            return False
+        here = Context(engine.handle)
+        areas = [here.gdtr, *((s.base, s.limit) for s in map(here.segment, _SELECTOR_TABLES))]
+        if not any(base < page + PAGE and page <= base + limit for base, limit in areas):
+            return False
+        decoded = self.decode_at(here, rip)
+        touched = (operand_address(operand, here) for operand in decoded.operands)
+        return decoded.uses_descriptors and not any(address & -PAGE == page for address in touched)
+
+    def _translate_system(
+        self, mode: PagingMode, cr3: int, page: int, access: int
+    ) -> tuple[Translation, int] | None:
+        try:
+            translation = walk(self, mode, cr3, page, _ACCESS[access], user=False, implicit=True)
+        except PageFault as fault:
+            self.refusal = GuestFault(page, access, fault.error_code)
+            return None
+        return translation, self._ept.translate(translation.gpa)
+
+    # The guest's page tables, behind the EPT (vmm.paging.PhysicalMemory)
+
+    def load(self, gpa: int, size: int) -> int:
+        """A paging-structure entry."""
+        leaf = self._ept.translate(gpa)
+        if not leaf & R and (self._writer is None or not leaf):
+            raise PagingStructureViolation(gpa, READ, leaf)
+        hpa = leaf & _LEAF_ADDRESS | gpa & PAGE_OFFSET
+        if size == 8:
+            return self._memory.words[hpa >> 3]
+        return int.from_bytes(self._memory.read(hpa, size), "little")
+
+    def compare_and_store(self, gpa: int, size: int, old: int, new: int) -> None:
+        """Set accessed and dirty flags in a paging-structure entry."""
+        leaf = self._ept.translate(gpa)
+        if not leaf & W and (self._writer is None or not leaf):
+            raise PagingStructureViolation(gpa, WRITE, leaf)
+        hpa = leaf & _LEAF_ADDRESS | gpa & PAGE_OFFSET
+        if int.from_bytes(self._memory.read(hpa, size), "little") != old:
+            raise EntryChanged(f"the paging-structure entry at GPA {gpa:#x} changed under a walk")
+        data = new.to_bytes(size, "little")
+        if self._writer is None:
+            self._memory.write(hpa, data)
+        else:
+            self._writer.write(hpa, gpa, data, cause="page walk")
+
+    @contextmanager
+    def structure_access(self, writer: StructureWriter) -> Iterator[None]:
+        """Let walks reach paging structures in code frames, with their updates going to ``writer``."""
+        before, self._writer = self._writer, writer
+        try:
+            yield
+        finally:
+            self._writer = before
+
+    # Looking at the guest
+
+    def peek(self, gva: int) -> int | None:
+        """The host address behind a linear address, for looking only: no rights, no flags set; None if unmapped."""
+        try:
+            with self.structure_access(_NO_WRITER):
+                translation = walk(
+                    self, self.current_mode(), self._context.cr3, gva, Access.READ, user=False, set_bits=False
+                )
+        except (PageFault, PagingStructureViolation):
+            return None
+        leaf = self._ept.translate(translation.gpa)
+        return leaf & _LEAF_ADDRESS | gva & PAGE_OFFSET if leaf else None
+
+    def byte_at(self, hpa: int) -> int:
+        """One byte of guest memory."""
+        return self._memory.bytes[hpa]
+
+    def instruction_bytes(self, gva: int) -> bytes:
+        """Up to 15 bytes at the linear address of an instruction; short if it runs into an unmapped page."""
+        out = b""
+        while len(out) < MAX_LENGTH:
+            at = gva + len(out)
+            host = self._fetch_pages.get(at & -PAGE) if not out else None
+            hpa = host | at & PAGE_OFFSET if host is not None else self.peek(at)
+            if hpa is None:
+                break
+            out += self._memory.read(hpa, min(MAX_LENGTH - len(out), PAGE - (at & PAGE_OFFSET)))
+        return out
+
+    def decode_at(self, context: Context, rip: int) -> Decoded:
+        """The instruction at RIP of a saved state."""
+        base = context.pc - context.rip & 0xFFFF_FFFF_FFFF_FFFF
+        return decode(self.instruction_bytes(base + rip), bits_of(context))
+
+    def faulting_address(self, page: int, access: int) -> tuple[int, Decoded]:
+        """The exact linear address of a refused access of the current instruction, and the instruction.
+
+        The first byte of the access that lies on the page; the page itself if the instruction does not tell.
+        """
+        context = self._context
+        pc = context.pc
+        decoded = decode(self.instruction_bytes(pc), bits_of(context))
+        if access == FETCH:
+            return (pc if pc & -PAGE == page else page), decoded
+        wants = "reads" if access == READ else "writes"
+        for operand in decoded.operands:
+            address = operand_address(operand, context)
+            if getattr(operand, wants) and address < page + PAGE and address + max(operand.size, 1) > page:
+                return max(address, page), decoded
+        return page, decoded
+
+    def operand_address(self, operand: MemoryOperand) -> int:
+        """The linear address of a memory operand of the current instruction."""
+        return operand_address(operand, self._context)
+
+    def holds_instruction(self, frame: Frame) -> bool:
+        """Whether any byte of the current instruction lies in a frame."""
+        pc = self._context.pc
+        decoded = decode(self.instruction_bytes(pc), bits_of(self._context))
+        ends = (pc, pc + max(decoded.length, 1) - 1)
+        return any((host := self.peek(gva)) is not None and host & -PAGE == frame.hpa for gva in ends)
+
+    def on_stack(self, page: int) -> bool:
+        """Whether the current instruction reaches a linear page by SS (a non-canonical address is then #SS)."""
+        decoded = self.decode_at(self._context, self._context.rip)
+        return any(o.segment == 2 and operand_address(o, self._context) & -PAGE == page for o in decoded.operands)
+
+    def walk_again(self, page: int) -> None:
+        """Repeat the walk for a store to a linear page, so that the flags it sets go through the door."""
+        context = self._context
+        for access in (Access.WRITE, Access.READ):
+            try:
+                walk(self, self.current_mode(), context.cr3, page, access, user=context.cpl == 3)
+            except PageFault:
+                continue
+            return
+
+    def fetch_host(self, gva: int) -> int | None:
+        """The host address that instruction fetch at a linear address reaches, if the engine has fetched there."""
+        host = self._fetch_pages.get(gva & -PAGE)
+        return None if host is None else host | gva & PAGE_OFFSET
+
+    def fix_tables(self, root: int, mappings: list[tuple[int, int, int]]) -> None:
+        """The address space of ``root`` consists of these (GVA, GPA, bytes), later ones winning, and never changes."""
+        self._fixed_root, self._fixed = root, mappings
+
+    def aliases(self, frame: Frame, offset: int) -> tuple[int, ...]:
+        """All linear addresses of the current address space known to reach a byte of a frame, ascending."""
+        root = self._context.cr3 & _LEAF_ADDRESS
+        if root == self._fixed_root:
+            return tuple(page + offset for page in self._fixed_aliases(frame))
+        found = (page + offset for where, page in frame.linear if where == root)
+        return tuple(sorted(gva for gva in found if self.peek(gva) == frame.hpa + offset))
+
+    def _fixed_aliases(self, frame: Frame) -> list[int]:
+        known = self._fixed_pages.get(frame.hpa)
+        if known is None:
+            pages: set[int] = set()
+            for gpa in frame.gpas:
+                candidates = (gva + gpa - start for gva, start, size in self._fixed if start <= gpa < start + size)
+                pages.update(page for page in candidates if self.peek(page) == frame.hpa)
+            known = self._fixed_pages[frame.hpa] = sorted(pages)
+        return known
+
+
+def bits_of(context: Context) -> int:
+    """The width of the code segment: 16, 32 or 64."""
+    mode = context.mode
+    return 64 if mode == "long" else 32 if mode.endswith("32") else 16
+
+
+def operand_address(operand: MemoryOperand, context: Context) -> int:
+    """The linear address of a memory operand in a saved state."""
+    flat = context.mode == "long"
+
+    def segment_base(index: int) -> int:
+        if flat and index < 4:
+            return 0
+        return context.segment_base(index)
+
+    return operand.address(context.rip, context.gprs, segment_base)
+
+
+def _signed(address: int) -> int:
+    return address - (1 << 64) if address >> 63 else address
+
+
+class _NoWriter:
+    """For walks that set no flags."""
+
+    def write(self, hpa: int, gpa: int, data: bytes, *, cause: str) -> None:
+        raise AssertionError
+
+
+_NO_WRITER: Final = _NoWriter()

@@ -1,0 +1,266 @@
+"""The run loop: enter the guest, see why it came out, answer, go on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from attrs import define, field
+
+from vmm import exits
+from vmm.cpu import layout
+from vmm.cpu.delivery import TripleFault, deliver
+from vmm.cpu.engine import FETCH, Stop
+from vmm.cpu.events import Event, EventType, Vector
+from vmm.cpu.state import LinearMemory
+from vmm.cpu.syscall import syscall
+from vmm.exits import End, ExitReason, Json
+from vmm.memory import PAGE
+from vmm.mmu import GuestFault, NonCanonical, UnmappedStructure, Violation
+from vmm.reporter import Reporter
+from vmm.translation import BlockCache
+from vmm.trap.policy import Trap, UnmappedAccess
+from vmm.vcpu import VirtualCpu
+
+_UNDEFINED: Final = Event(Vector.UD, EventType.HARDWARE_EXCEPTION)
+_RFLAGS_IF: Final = 1 << 9
+_VMCALL: Final = b"\x0f\x01\xc1"
+_INT1: Final = b"\xf1"
+
+
+@define(slots=True)
+class RunLoop:
+    """Runs one vCPU to the end of its guest.
+
+    Everything that the guest can do comes out of the engines as a ``Stop``; everything that the host wants comes
+    in through ``pending`` (events to inject), ``interrupts`` (external interrupts) and ``finish``.
+    """
+
+    vcpu: VirtualCpu
+    trap: Trap
+    blocks: BlockCache
+    reporter: Reporter
+    linear: LinearMemory
+    single_step: bool
+    pending: deque[Event] = field(factory=deque)
+    interrupts: deque[int] = field(factory=deque)
+    _ending: tuple[str, Json] | None = None
+    _interrupted: bool = False
+
+    def run(self, seconds: float) -> End:
+        """Run to the end; ``seconds`` is the wall-clock limit. Raises ``GuestError`` if the VMM has to give up."""
+        deadline = time.monotonic() + seconds
+        with self._watchdog(seconds):
+            while self._ending is None:
+                self._deliver_what_is_due()
+                if self._ending is None:
+                    self._answer(self._enter())
+                if self.reporter.over_budget:
+                    self.finish("exits", {"limit": self.reporter.total - 1})
+                if self._interrupted:
+                    self.finish("interrupted", {})
+                if time.monotonic() > deadline:
+                    self.finish("time", {"limit": seconds})
+        reason, detail = self._ending
+        end = End(reason, self.vcpu.context.rip, detail)
+        self.reporter.emit(end)
+        return end
+
+    def finish(self, reason: str, detail: Json) -> None:
+        """End the run at this boundary; the first reason counts."""
+        if self._ending is None:
+            self._ending = (reason, detail)
+
+    def break_in(self) -> None:
+        """End the run from another thread or a signal handler. The machine cannot go on afterwards."""
+        self._interrupted = True
+        self.vcpu.free.ask_to_stop()
+
+    @contextmanager
+    def _watchdog(self, seconds: float) -> Iterator[None]:
+        """Break into a guest that loops without an exit when its time is over."""
+        timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), self.vcpu.free.ask_to_stop)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    # Entering
+
+    def _enter(self) -> Stop | Event | None:
+        """VM entry: let the guest execute, freely or one instruction, until it comes out."""
+        if self.single_step or self.interrupts:
+            return self._step()
+        return self.vcpu.run()
+
+    def _step(self) -> Stop | Event | None:
+        """Execute exactly one instruction; None if it completed."""
+        context = self.vcpu.context
+        decoded = self.vcpu.mmu.decode_at(context, context.rip)
+        control = (context.cr0, context.cr3, context.cr4)
+        try:
+            outcome = self.trap.step()
+        except UnmappedAccess as problem:
+            self._unmapped(problem.violation)
+            return None
+        if outcome is None and decoded.is_hlt:
+            return Stop.HALT
+        if decoded.changes_mappings or control != (context.cr0, context.cr3, context.cr4):
+            self.vcpu.free.flush_tlb()
+        return outcome
+
+    def _deliver_what_is_due(self) -> None:
+        """Inject pending events, then an external interrupt if the guest takes one at this boundary."""
+        if self.pending:
+            self._deliver(self.pending.popleft())
+        elif self.interrupts and self._interruptible:
+            vector = self.interrupts.popleft()
+            self.reporter.count(ExitReason.EXTERNAL_INTERRUPT)
+            if self.reporter.observed:
+                self.reporter.exit(exits.ExternalInterrupt(rip=self.vcpu.context.pc, vector=vector))
+            self._deliver(Event(vector, EventType.EXTERNAL_INTERRUPT))
+
+    @property
+    def _interruptible(self) -> bool:
+        context = self.vcpu.context
+        return bool(context.rflags & _RFLAGS_IF) and not context.in_shadow
+
+    # Answering
+
+    def _answer(self, stop: Stop | Event | None) -> None:
+        match stop:
+            case None | Stop.STEPPED:
+                pass
+            case Event():
+                self._raise(stop)
+            case Stop.REFUSED:
+                self._refused()
+            case Stop.INTERRUPT:
+                self._raise(self.vcpu.exception())
+            case Stop.INVALID:
+                self._invalid()
+            case Stop.SYSCALL:
+                self._syscall()
+            case Stop.SYSENTER:
+                self._raise(_UNDEFINED)
+            case Stop.HALT:
+                self._halt()
+            case Stop.EXACT:
+                self._answer(self._step())
+            case Stop.ASKED:
+                self.blocks.trim()
+
+    def _refused(self) -> None:
+        """A TLB fill was refused: by the guest's page tables, or by the EPT."""
+        mmu, refusal = self.vcpu.mmu, self.vcpu.mmu.refusal
+        match refusal:
+            case GuestFault() if self._is_early(refusal.page, refusal.access):
+                self._answer(self._step())
+            case GuestFault():
+                address, _ = mmu.faulting_address(refusal.page, refusal.access)
+                self._raise(Event(Vector.PF, EventType.HARDWARE_EXCEPTION, refusal.error_code, cr2=address))
+            case NonCanonical():
+                stack = refusal.access != FETCH and mmu.on_stack(refusal.page)
+                vector = Vector.SS if stack else Vector.GP
+                self._raise(Event(vector, EventType.HARDWARE_EXCEPTION, 0))
+            case Violation():
+                try:
+                    self._answer(self.trap.answer(refusal))
+                except UnmappedAccess as problem:
+                    self._unmapped(problem.violation)
+            case None:
+                raise AssertionError("a fill was refused without a reason")
+
+    def _is_early(self, page: int, access: int) -> bool:
+        """Whether a fetch fault may come too early (quirk "early-fetch").
+
+        The engine translates a block over the end of a page before it executes the instructions in front of it.
+        A step fetches no more than its own instruction.
+        """
+        return access == FETCH and page != self.vcpu.context.pc & -PAGE and not self.vcpu.stepped
+
+    def _raise(self, event: Event) -> None:
+        """An exception or software interrupt of the guest: a VM exit, then its delivery."""
+        if event.type is EventType.SOFTWARE_INTERRUPT:
+            self._deliver(event)
+            return
+        self.reporter.count(ExitReason.EXCEPTION_OR_NMI)
+        decision: Event | bool | None = None
+        if self.reporter.observed:
+            decision = self.reporter.exit(
+                exits.ExceptionExit(
+                    rip=self.vcpu.context.pc,
+                    vector=int(event.vector),
+                    error_code=event.error_code,
+                    address=event.cr2,
+                )
+            )
+        if decision is not True:
+            self._deliver(decision if isinstance(decision, Event) else event)
+
+    def _deliver(self, event: Event) -> None:
+        context = self.vcpu.context
+        try:
+            delivered = deliver(context, self.linear, event)
+        except TripleFault:
+            self.reporter.count(ExitReason.TRIPLE_FAULT)
+            if self.reporter.observed:
+                self.reporter.exit(exits.TripleFault(rip=context.pc))
+            self.finish("triple fault", {"vector": int(event.vector)})
+            return
+        except UnmappedStructure as problem:
+            self.finish("unmapped memory", {"gpa": problem.gpa, "gva": problem.linear})
+            return
+        context.end_shadow()
+        if self.reporter.observed:
+            done = delivered.event
+            name = done.type.name.lower().replace("_", " ")
+            self.reporter.emit(exits.Injection(int(done.vector), name, done.error_code, context.pc))
+
+    def _invalid(self) -> None:
+        """#UD, or an instruction that this engine reports as invalid but the processor knows."""
+        context = self.vcpu.context
+        code = self.vcpu.mmu.instruction_bytes(context.pc)
+        if code.startswith(_VMCALL):
+            self.reporter.count(ExitReason.VMCALL)
+            if self.reporter.observed:
+                decision = self.reporter.exit(exits.Vmcall(rip=context.pc, rax=context.gprs[0]))
+                if isinstance(decision, Event):
+                    self._deliver(decision)
+                    return
+            context.rip += len(_VMCALL)
+        elif code.startswith(_INT1):
+            self._raise(Event(Vector.DB, EventType.PRIVILEGED_SOFTWARE_EXCEPTION, length=1))
+        else:
+            self._raise(_UNDEFINED)
+
+    def _syscall(self) -> None:
+        context = self.vcpu.context
+        undefined = syscall(
+            context,
+            star=context.syscall_msr(layout.STAR),
+            lstar=context.syscall_msr(layout.LSTAR),
+            fmask=context.syscall_msr(layout.FMASK),
+        )
+        if undefined is not None:
+            self._raise(undefined)
+
+    def _halt(self) -> None:
+        """HLT: wait for an interrupt; with none to come, the run is over."""
+        context = self.vcpu.context
+        self.reporter.count(ExitReason.HLT)
+        if self.reporter.observed:
+            self.reporter.exit(exits.Hlt(rip=context.pc - 1))
+        context.end_shadow()
+        wakes = self.pending or (self.interrupts and context.rflags & _RFLAGS_IF)
+        if not wakes:
+            self.finish("halt", {})
+
+    def _unmapped(self, violation: Violation) -> None:
+        self.finish("unmapped memory", {"gpa": violation.gpa, "gva": violation.page})

@@ -1,0 +1,131 @@
+"""All live blocks, found by the host bytes that they translate.
+
+A block hangs on every *granule* (128 bytes of host memory) that it touches. An invalidation looks only at the
+granules of the changed bytes, so that its cost depends on how much changed and not on how many blocks there are.
+
+The cache decides which translations exist: whenever it drops a block it has the engines forget the block's
+bytes. Engines forget by bytes, so everything that overlaps an evicted block goes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from vmm.errors import OptionError
+from vmm.translation.block import Block, Counters, Key, Span
+
+GRANULE_SHIFT: Final = 7
+DEFAULT_CAPACITY: Final = 1 << 16
+
+#: Makes every engine forget the translations that overlap a span.
+Forget = Callable[[int, int], None]
+#: Told of every event: (event, block, cause).
+Observer = Callable[[str, Block, str], None]
+
+
+def _ignore(_event: str, _block: Block, _cause: str) -> None:
+    return
+
+
+class BlockCache:
+    """Live blocks by frame bytes, with a capacity.
+
+    ``capacity`` is the number of blocks kept, 1 or more; the oldest go first.
+    """
+
+    def __init__(self, forget: Forget, *, capacity: int = DEFAULT_CAPACITY) -> None:
+        if capacity < 1:
+            raise OptionError(f"a capacity of {capacity} blocks", where="block cache", fix="give 1 or more")
+        self.capacity: Final = capacity
+        self.counters: Final = Counters()
+        self.observer: Observer = _ignore
+        self._forget = forget
+        self._blocks: dict[Key, Block] = {}  # in order of creation
+        self._granules: dict[int, dict[Key, Block]] = {}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self._blocks.values())
+
+    def find(self, gva: int, hpa: int, mode_flags: int) -> Block | None:
+        """The live block with this key."""
+        return self._blocks.get((gva, hpa, mode_flags))
+
+    def overlapping(self, hpa: int, size: int) -> list[Block]:
+        """Live blocks with a byte in [hpa, hpa + size), in order of creation."""
+        found: dict[Key, Block] = {}
+        for granule in range(hpa >> GRANULE_SHIFT, (hpa + size - 1 >> GRANULE_SHIFT) + 1):
+            for key, block in self._granules.get(granule, {}).items():
+                if block.overlaps(hpa, size):
+                    found[key] = block
+        return sorted(found.values(), key=lambda block: block.number)
+
+    def create(self, gva: int, spans: tuple[Span, ...], mode_flags: int, mode: str, code: bytes) -> Block:
+        """Take in a block that an engine has just translated. Call ``trim`` before it goes on."""
+        stale = self._blocks.get((gva, spans[0][0], mode_flags))
+        if stale is not None:
+            self._drop([stale], "evicted", "retranslated")
+        self.counters.created += 1
+        block = Block(self.counters.created, gva, spans, mode_flags, mode, code)
+        self._blocks[block.key] = block
+        for granule in _granules_of(block):
+            self._granules.setdefault(granule, {})[block.key] = block
+        self.observer("created", block, "translated")
+        return block
+
+    def invalidate(self, hpa: int, size: int, cause: str) -> list[Block]:
+        """Drop every block that overlaps the changed bytes, in the cache and in the engines."""
+        dying = self.overlapping(hpa, size)
+        if dying:
+            self._forget(hpa, size)
+            self._drop(dying, "invalidated", cause)
+        return dying
+
+    @property
+    def overfull(self) -> bool:
+        """Whether there are more blocks than the capacity allows, so that ``trim`` has work to do."""
+        return len(self._blocks) > self.capacity
+
+    def trim(self) -> None:
+        """Evict the oldest blocks until the capacity holds, a sixteenth of it at a time.
+
+        Must not be called while an engine is running: the block that it is about to enter may be among those
+        that go.
+        """
+        wanted = self.capacity - self.capacity // 16
+        while self.overfull or (len(self._blocks) > wanted and wanted < self.capacity):
+            oldest = next(iter(self._blocks.values()))
+            dying = {oldest.key: oldest}
+            for address, size in oldest.spans:
+                self._forget(address, size)
+                dying.update((block.key, block) for block in self.overlapping(address, size))
+            self._drop(list(dying.values()), "evicted", "capacity")
+
+    def evict_all(self, cause: str) -> None:
+        """Drop every block, in the cache and in the engines."""
+        for block in self:
+            for address, size in block.spans:
+                self._forget(address, size)
+        self._drop(list(self), "evicted", cause)
+
+    def _drop(self, dying: list[Block], event: str, cause: str) -> None:
+        for block in dying:
+            del self._blocks[block.key]
+            for granule in _granules_of(block):
+                holders = self._granules[granule]
+                del holders[block.key]
+                if not holders:
+                    del self._granules[granule]
+            self.observer(event, block, cause)
+        if event == "invalidated":
+            self.counters.invalidated += len(dying)
+        else:
+            self.counters.evicted += len(dying)
+
+
+def _granules_of(block: Block) -> Iterator[int]:
+    for address, size in block.spans:
+        yield from range(address >> GRANULE_SHIFT, (address + size - 1 >> GRANULE_SHIFT) + 1)

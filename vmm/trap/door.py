@@ -1,0 +1,117 @@
+"""The one door through which bytes of a code frame change.
+
+Guest stores, host writes, event delivery, page-walk updates, snapshots, remaps: whatever changed, it comes
+through here, so that exactly the translations of the changed bytes die and every change is on record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from attrs import frozen
+
+from vmm.exits import Modification
+from vmm.memory import PAGE, GuestMemory
+from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.mmu import Mmu
+from vmm.reporter import Reporter
+from vmm.translation import Block, BlockCache
+
+_OFFSET: Final = PAGE - 1
+
+
+@frozen(slots=True)
+class Change:
+    """Bytes that were replaced: where, by which linear address (None: not by one), and what they were."""
+
+    hpa: int
+    gpa: int
+    gva: int | None
+    old: bytes
+    new: bytes
+
+
+class Door:
+    """Journals changes of code bytes and invalidates what was translated from them."""
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        frames: Frames,
+        blocks: BlockCache,
+        reporter: Reporter,
+    ) -> None:
+        #: Number of the last instruction (or host operation) that changed code bytes.
+        self.instruction = 0
+        #: Modifications so far.
+        self.modifications = 0
+        self._memory = memory
+        self._frames = frames
+        self._blocks = blocks
+        self._reporter = reporter
+
+    def is_guarded(self, hpa: int, size: int) -> bool:
+        """Whether any frame of [hpa, hpa + size) holds code."""
+        first, last = hpa & -PAGE, hpa + size - 1 & -PAGE
+        return any(
+            self._frames.at(page).state not in (FrameState.DATA, FrameState.WINDOW)
+            for page in range(first, last + 1, PAGE)
+        )
+
+    def record(self, changes: list[Change], *, rip: int | None, cause: str, mmu: Mmu | None) -> None:
+        """Journal changes that have just been made by one instruction or one host operation."""
+        self.instruction += 1
+        for change in changes:
+            self.modifications += 1
+            dead = self.invalidate(change, cause)
+            if self._reporter.observed:
+                self._reporter.emit(self._modification(change, dead, rip, cause, mmu))
+
+    def invalidate(self, change: Change, cause: str) -> list[Block]:
+        """Drop the blocks that overlap bytes which really changed; identical bytes kill nothing."""
+        dead: list[Block] = []
+        for start, size in changed_runs(change.old, change.new):
+            dead += self._blocks.invalidate(change.hpa + start, size, cause)
+        return dead
+
+    def write(self, hpa: int, gpa: int, data: bytes, *, cause: str) -> None:
+        """Change guest memory from outside of the guest's instructions; ``data`` lies in one frame."""
+        frame = self._frames.at(hpa)
+        old = self._memory.read(hpa, len(data))
+        self._memory.write(hpa, data)
+        if frame.state not in (FrameState.DATA, FrameState.WINDOW):
+            self.record([Change(hpa, gpa, None, old, data)], rip=None, cause=cause, mmu=None)
+
+    def _modification(
+        self, change: Change, dead: list[Block], rip: int | None, cause: str, mmu: Mmu | None
+    ) -> Modification:
+        frame: Frame = self._frames.at(change.hpa)
+        aliases = mmu.aliases(frame, change.hpa & _OFFSET) if mmu is not None else ()
+        return Modification(
+            gpa=change.gpa,
+            gva=change.gva,
+            rip=rip,
+            old=change.old,
+            new=change.new,
+            cause=cause,
+            instruction=self.instruction,
+            aliases=aliases,
+            blocks=tuple(block.number for block in dead),
+        )
+
+
+def changed_runs(old: bytes, new: bytes) -> Iterator[tuple[int, int]]:
+    """(start, size) of each run of bytes that differ."""
+    if old == new:
+        return
+    start = None
+    for index, (before, after) in enumerate(zip(old, new, strict=True)):
+        if before != after:
+            if start is None:
+                start = index
+        elif start is not None:
+            yield start, index - start
+            start = None
+    if start is not None:
+        yield start, len(old) - start

@@ -1,0 +1,113 @@
+"""Moving frames between their states, and the rules that hold after every move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from vmm.ept import ExtendedPageTables, Permission
+from vmm.errors import InvariantError
+from vmm.exits import FrameEvent
+from vmm.memory import PAGE
+from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.reporter import Reporter
+from vmm.translation import BlockCache
+
+RW: Final = Permission.R | Permission.W
+RX: Final = Permission.R | Permission.X
+
+
+class FrameControl:
+    """Keeps the EPT in step with the state of each frame.
+
+    ``flush`` makes every engine forget its cached address translations. With ``check`` the rules are verified
+    after every transition: no host page writable and executable through any GPA, no writable frame with live
+    blocks but the one being stepped over, counters that add up. Raises ``InvariantError`` if one is broken.
+    """
+
+    def __init__(
+        self,
+        ept: ExtendedPageTables,
+        frames: Frames,
+        blocks: BlockCache,
+        *,
+        flush: Callable[[], None],
+        reporter: Reporter,
+        check: bool,
+    ) -> None:
+        self._ept = ept
+        self._frames = frames
+        self._blocks = blocks
+        self._flush = flush
+        self._reporter = reporter
+        self._check = check
+
+    def permissions(self, frame: Frame) -> Permission:
+        """What the EPT allows in the frame's state, when no step is under way."""
+        if frame.state in (FrameState.DATA, FrameState.WINDOW):
+            return RW
+        return RX if frame.readable else Permission.X
+
+    def move(self, frame: Frame, state: FrameState, cause: str) -> None:
+        """Go to a lasting state: data, code, window or sealed. Cached translations of the old one are flushed."""
+        before, frame.state = frame.state, state
+        if state in (FrameState.DATA, FrameState.WINDOW):
+            self._blocks.invalidate(frame.hpa, PAGE, cause)
+        self._protect(frame, self.permissions(frame))
+        self._flush()
+        self._report(frame, before.value, state.value, cause)
+        self._verify(frame)
+
+    def grant_reads(self, frame: Frame, cause: str) -> None:
+        """Make a code frame R-X for good (policy)."""
+        frame.readable = True
+        self._protect(frame, self.permissions(frame))
+        self._report(frame, frame.state.value, f"{frame.state.value} r-x", cause)
+        self._verify(frame)
+
+    def open(self, frame: Frame, permissions: Permission) -> None:
+        """Flip a code frame for the length of one instruction: readable, or readable and writable, never X."""
+        frame.state = FrameState.STEPPING
+        self._protect(frame, permissions)
+        self._verify(frame)
+
+    def close(self, frame: Frame) -> None:
+        """Flip it back."""
+        frame.state = FrameState.CODE
+        self._protect(frame, self.permissions(frame))
+        self._verify(frame)
+
+    def protect(self, frame: Frame, permissions: Permission, gpa: int) -> None:
+        """Change what the EPT allows for one GPA of a frame, at the host's wish; a fetch or store exits as ever."""
+        if permissions & Permission.W:
+            self._blocks.invalidate(frame.hpa, PAGE, "protect")
+        self._ept.protect(gpa, permissions)
+        self._report(frame, frame.state.value, str(permissions), "host")
+        self._verify(frame)
+
+    def _report(self, frame: Frame, before: str, after: str, cause: str) -> None:
+        if self._reporter.observed:
+            self._reporter.emit(FrameEvent(frame.gpas[0], before, after, cause))
+
+    def _protect(self, frame: Frame, permissions: Permission) -> None:
+        for gpa in frame.gpas:
+            self._ept.protect(gpa, permissions)
+
+    def _verify(self, frame: Frame) -> None:
+        if self._check:
+            verify_frame(self._ept, self._blocks, frame)
+
+
+def verify_frame(ept: ExtendedPageTables, blocks: BlockCache, frame: Frame) -> None:
+    """Check the rules for one frame; raises ``InvariantError``."""
+    union = Permission.NONE
+    for gpa in frame.gpas:
+        union |= ept.entry(gpa).permissions
+    if union & Permission.W and union & Permission.X:
+        raise InvariantError(f"frame {frame.hpa:#x} is writable and executable ({union}) in state {frame.state}")
+    live = blocks.overlapping(frame.hpa, PAGE)
+    if live and union & Permission.W and frame.state is not FrameState.STEPPING:
+        raise InvariantError(f"frame {frame.hpa:#x} is writable with {len(live)} live blocks")
+    counters = blocks.counters
+    if counters.created != len(blocks) + counters.invalidated + counters.evicted:
+        raise InvariantError(f"block counters do not add up: {counters} with {len(blocks)} live")

@@ -1,0 +1,138 @@
+"""The trap cycle: flip, exactly one instruction, record, drop what is stale, restore.
+
+One instruction may need several frames: a store that straddles two, a move from code to code. Each refusal opens
+one more and starts the instruction anew; nothing of it has happened before, so that it executes once.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attrs import define, field
+
+from vmm.cpu.engine import READ, Stop
+from vmm.ept import Permission
+from vmm.memory import PAGE, GuestMemory
+from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.trap.door import Change, Door
+from vmm.trap.frames import RW, FrameControl
+from vmm.vcpu import VirtualCpu
+
+_OFFSET: Final = PAGE - 1
+
+
+@define(slots=True)
+class _Piece:
+    """One run of written bytes within one frame."""
+
+    hpa: int
+    gpa: int
+    gva: int
+    size: int
+
+
+@define(slots=True)
+class StepGuard:
+    """One instruction of one vCPU on its stepping engine, with the frames it may touch opened one by one."""
+
+    memory: GuestMemory
+    frames: Frames
+    control: FrameControl
+    door: Door
+    vcpu: VirtualCpu
+    opened: list[Frame] = field(factory=list)
+    _pc: int = 0
+
+    def begin(self) -> None:
+        """Start with an instruction; no frame is open."""
+        self.opened.clear()
+        self.vcpu.mmu.begin_step()
+        self._pc = self.vcpu.context.pc
+
+    def open(self, frame: Frame, access: int) -> None:
+        """Open a code frame: R-- for a read, RW- for a write; never executable."""
+        wanted = Permission.R if access == READ else RW
+        self.control.open(frame, wanted)
+        if frame not in self.opened:
+            self.opened.append(frame)
+
+    def attempt(self) -> Stop:
+        """Execute the instruction. If something is refused or faults, nothing of it is left in memory."""
+        stop = self.vcpu.step()
+        if stop is not Stop.STEPPED and self.vcpu.mmu.undo and not self._is_complete(stop):
+            for hpa, before in self.vcpu.mmu.undo.items():
+                self.memory.write(hpa, before)
+            self.vcpu.stepping.writes.clear()
+        return stop
+
+    def _is_complete(self, stop: Stop) -> bool:
+        """Whether an exception came after the instruction (a trap: #DB, INT n), not instead of it."""
+        return stop is Stop.INTERRUPT and self.vcpu.context.pc != self._pc
+
+    def close(self) -> None:
+        """Journal what the instruction changed in code frames and restore execute-only."""
+        changes = self._changes() if self.vcpu.mmu.undo else []
+        for frame in self.opened:
+            self.control.close(frame)
+        if changes:
+            self.door.record(changes, rip=self._pc, cause="store", mmu=self.vcpu.mmu)
+
+    def _changes(self) -> list[Change]:
+        """One change a contiguous run of written guest-physical bytes that touches a code frame."""
+        runs: list[list[_Piece]] = []
+        for piece in self._pieces():
+            last = runs[-1][-1] if runs else None
+            if last is not None and (last.gpa + last.size, last.hpa + last.size) == (piece.gpa, piece.hpa):
+                runs[-1].append(piece)
+            else:
+                runs.append([piece])
+        return [self._change(run) for run in runs if any(self._is_code(piece.hpa) for piece in run)]
+
+    def _is_code(self, hpa: int) -> bool:
+        return self.frames.at(hpa).state not in (FrameState.DATA, FrameState.WINDOW)
+
+    def _change(self, run: list[_Piece]) -> Change:
+        old = b"".join(self._before(piece) for piece in run)
+        new = b"".join(self.memory.read(piece.hpa, piece.size) for piece in run)
+        first = run[0]
+        return Change(first.hpa, first.gpa, first.gva, old, new)
+
+    def _before(self, piece: _Piece) -> bytes:
+        start = piece.hpa & _OFFSET
+        return self.vcpu.mmu.undo[piece.hpa & -PAGE][start : start + piece.size]
+
+    def _pieces(self) -> list[_Piece]:
+        """What was written, split at page ends, merged where it overlaps or touches, by ascending GPA."""
+        pieces: list[_Piece] = []
+        for hpa, size in self.vcpu.stepping.writes:
+            page = self._linear_page(hpa, size)
+            room = PAGE - (hpa & _OFFSET)
+            gpa_page, _ = self.vcpu.mmu.written[page]
+            offset = hpa & _OFFSET
+            pieces.append(_Piece(hpa, gpa_page | offset, page | offset, min(size, room)))
+            if size > room:
+                next_page = page + PAGE & 0xFFFF_FFFF_FFFF_FFFF
+                gpa_page, hpa_page = self.vcpu.mmu.written[next_page]
+                pieces.append(_Piece(hpa_page, gpa_page, next_page, size - room))
+        return _merge(pieces) if len(pieces) > 1 else pieces
+
+    def _linear_page(self, hpa: int, size: int) -> int:
+        """The linear page that a store used; with two candidates, the one whose next page was written too."""
+        frame = hpa & -PAGE
+        candidates = [page for page, (_, host) in self.vcpu.mmu.written.items() if host == frame]
+        if len(candidates) > 1 and size > PAGE - (hpa & _OFFSET):
+            straddling = [page for page in candidates if page + PAGE in self.vcpu.mmu.written]
+            candidates = straddling or candidates
+        return candidates[0]
+
+
+def _merge(pieces: list[_Piece]) -> list[_Piece]:
+    merged: list[_Piece] = []
+    for piece in sorted(pieces, key=lambda p: (p.gpa, p.size)):
+        last = merged[-1] if merged else None
+        same_frame = last is not None and last.hpa & -PAGE == piece.hpa & -PAGE
+        if last is not None and same_frame and piece.gpa <= last.gpa + last.size:
+            last.size = max(last.size, piece.gpa + piece.size - last.gpa)
+        else:
+            merged.append(piece)
+    return merged

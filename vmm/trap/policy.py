@@ -1,0 +1,229 @@
+"""Which refused access is answered how: the state table of ``vmm.memory.frames`` as code.
+
+======================  ==============================================================================
+refused access          answer
+======================  ==============================================================================
+fetch from data         the frame becomes code
+fetch from a window     what changed is journaled as a diff; the frame becomes code again
+store to code           one instruction is stepped (``step``), or the frame becomes a window (``window``),
+                        or steps first and a window once it is hot (``adaptive``)
+read of code            one instruction is stepped, or the frame becomes R-X (``grant``)
+store to sealed         #GP(0), the bytes stay
+page walk in code       the frame becomes R-X; accessed and dirty flags go through the door
+======================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attrs import define, frozen
+
+from vmm.cpu.engine import FETCH, READ, WRITE, Stop
+from vmm.cpu.events import Event, EventType, Vector
+from vmm.ept import Permission, Qualification
+from vmm.errors import OptionError
+from vmm.exits import EptViolation, ExitReason, Mtf
+from vmm.memory import PAGE, GuestMemory
+from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.mmu import Mmu, Violation
+from vmm.reporter import Reporter
+from vmm.trap.door import Change, Door, changed_runs
+from vmm.trap.frames import FrameControl
+from vmm.trap.guard import StepGuard
+
+#: Trapped writes to one frame after which the adaptive policy opens a window.
+HOT_FRAME: Final = 16
+
+_GENERAL_PROTECTION: Final = Event(Vector.GP, EventType.HARDWARE_EXCEPTION, 0)
+_READS: Final = ("step", "grant")
+_WRITES: Final = ("step", "window", "adaptive")
+
+
+@frozen(slots=True)
+class TrapPolicy:
+    """How reads of and writes to code frames are answered (see the module's table)."""
+
+    reads: str = "step"
+    writes: str = "step"
+
+    def __attrs_post_init__(self) -> None:
+        for value, choices, name in ((self.reads, _READS, "reads"), (self.writes, _WRITES, "writes")):
+            if value not in choices:
+                raise OptionError(f"{name} = {value!r}", where="policy", fix=f"choose one of {', '.join(choices)}")
+
+
+class UnmappedAccess(Exception):  # noqa: N818 - for the run loop, which ends the run
+    """The guest reached for guest-physical memory that does not exist."""
+
+    def __init__(self, violation: Violation) -> None:
+        super().__init__(violation)
+        self.violation = violation
+
+
+@define(slots=True)
+class Trap:
+    """Answers EPT violations of one vCPU."""
+
+    policy: TrapPolicy
+    memory: GuestMemory
+    frames: Frames
+    control: FrameControl
+    door: Door
+    mmu: Mmu
+    guard: StepGuard
+    reporter: Reporter
+
+    def answer(self, violation: Violation) -> Stop | Event | None:
+        """Answer one violation of the free-running engine.
+
+        Returns None to go on, a ``Stop`` if a stepped instruction ended in something for the run loop to answer,
+        or an ``Event`` to deliver. Raises ``UnmappedAccess``.
+        """
+        if self._is_stepped(violation):
+            return self.step(violation)
+        modifies = self._modifies(violation)
+        decision = self._report(violation, modifies=modifies)
+        if decision is not None:
+            return decision if isinstance(decision, Event) else None
+        frame = self._frame_of(violation)
+        if violation.access == FETCH:
+            self._fetched(frame)
+        elif not violation.final:
+            self._walked(frame, violation)
+        elif violation.access == READ:
+            self.control.grant_reads(frame, "code read")
+        else:
+            self._open_window(frame)
+        return None
+
+    def step(self, violation: Violation | None = None) -> Stop | Event | None:
+        """Let one instruction execute, opening what it needs; ``violation`` is the one that is due already.
+
+        Returns None if it completed, else what the run loop has to answer.
+        """
+        guard = self.guard
+        guard.begin()
+        while True:
+            if violation is not None:
+                decision = self._admit(violation)
+                if decision is not None:
+                    guard.close()
+                    return decision if isinstance(decision, Event) else None
+            stop = guard.attempt()
+            if stop is not Stop.REFUSED or not isinstance(self.mmu.refusal, Violation):
+                break
+            violation = self.mmu.refusal
+        if guard.opened and stop is Stop.STEPPED:
+            self.reporter.count(ExitReason.MTF)
+            if self.reporter.observed:
+                self.reporter.exit(Mtf(rip=guard.vcpu.context.pc))
+        guard.close()
+        return None if stop is Stop.STEPPED else stop
+
+    def _is_stepped(self, violation: Violation) -> bool:
+        """Whether the answer is to let one instruction through."""
+        if not violation.leaf or not violation.final or violation.access == FETCH:
+            return False
+        frame = self.frames.at(violation.leaf)
+        if violation.access == READ:
+            return self.policy.reads == "step"
+        return frame.state is FrameState.SEALED or not self._wants_window(frame)
+
+    def _admit(self, violation: Violation) -> Event | bool | None:
+        """Open what a violation in a step asks for; an event to deliver or True to give the step up."""
+        modifies = self._modifies(violation)
+        decision = self._report(violation, modifies=modifies)
+        if decision is not None:
+            return decision
+        frame = self._frame_of(violation)
+        writes = violation.access == WRITE or modifies
+        if violation.access == FETCH:
+            self._fetched(frame)
+        elif not violation.final:
+            self._walked(frame, violation)
+        elif frame.state is FrameState.SEALED and writes:
+            return _GENERAL_PROTECTION
+        elif frame.state is FrameState.SEALED:
+            self.control.grant_reads(frame, "read of sealed code")
+        else:
+            frame.traps += writes
+            self.guard.open(frame, WRITE if writes else READ)
+        return None
+
+    def _frame_of(self, violation: Violation) -> Frame:
+        if not violation.leaf:
+            raise UnmappedAccess(violation)
+        return self.frames.at(violation.leaf)
+
+    # Answers
+
+    def _fetched(self, frame: Frame) -> None:
+        if frame.state is FrameState.WINDOW:
+            self._close_window(frame)
+        else:
+            self.control.move(frame, FrameState.CODE, "first fetch")
+
+    def _walked(self, frame: Frame, violation: Violation) -> None:
+        """The guest keeps paging structures in a code frame: the walk may read there, and write by the door."""
+        if violation.access == READ:
+            self.control.grant_reads(frame, "page walk")
+            return
+        with self.mmu.structure_access(self.door):
+            self.mmu.walk_again(violation.page)
+
+    def _wants_window(self, frame: Frame) -> bool:
+        """Whether to open a window; never for the frame that holds the storing instruction (it would livelock)."""
+        if self.policy.writes == "step" or self.mmu.holds_instruction(frame):
+            return False
+        return self.policy.writes == "window" or frame.traps >= HOT_FRAME
+
+    def _open_window(self, frame: Frame) -> None:
+        frame.before = self.memory.read(frame.hpa, PAGE)
+        frame.traps = 0
+        self.control.move(frame, FrameState.WINDOW, "hot frame" if self.policy.writes == "adaptive" else "store")
+
+    def _close_window(self, frame: Frame) -> None:
+        before, frame.before = frame.before, b""
+        after = self.memory.read(frame.hpa, PAGE)
+        changes = [
+            Change(
+                frame.hpa + start, frame.gpas[0] + start, None, before[start : start + size], after[start : start + size]
+            )
+            for start, size in changed_runs(before, after)
+        ]
+        self.control.move(frame, FrameState.CODE, "fetch")
+        if changes:
+            self.door.record(changes, rip=None, cause="window", mmu=self.mmu)
+
+    # Reports
+
+    def _modifies(self, violation: Violation) -> bool:
+        """Whether a refused read is the first half of a read-modify-write."""
+        if violation.access != READ or not violation.final:
+            return False
+        address, decoded = self.mmu.faulting_address(violation.page, READ)
+        return decoded.modifies(address, self.mmu.operand_address)
+
+    def _report(self, violation: Violation, *, modifies: bool) -> Event | bool | None:
+        """Count the exit and show it; what a handler decides."""
+        self.reporter.count(ExitReason.EPT_VIOLATION)
+        if not self.reporter.observed:
+            return None
+        address, _ = self.mmu.faulting_address(violation.page, violation.access)
+        qualification = Qualification(
+            read=violation.access == READ,
+            write=violation.access == WRITE or modifies,
+            fetch=violation.access == FETCH,
+            allowed=Permission(violation.leaf & 7),
+            final=violation.final,
+        )
+        offset = address & PAGE - 1 if violation.final else 0
+        return self.reporter.exit(
+            EptViolation(
+                rip=self.guard.vcpu.context.pc,
+                qualification=qualification.encode(),
+                gpa=violation.gpa + offset,
+                gva=address,
+            )
+        )

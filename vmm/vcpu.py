@@ -1,0 +1,144 @@
+"""One virtual processor: its state, its two engines, its address translation, its trap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from vmm.cpu import binding as b
+from vmm.cpu import layout
+from vmm.cpu.context import Context
+from vmm.cpu.engine import Engine, Stop
+from vmm.cpu.events import Event, EventType
+from vmm.cpu.free import FreeRunningEngine
+from vmm.cpu.state import SegmentName
+from vmm.cpu.stepping import SteppingEngine
+from vmm.ept import ExtendedPageTables
+from vmm.guest.boot import BootState
+from vmm.memory import GuestMemory
+from vmm.memory.frames import Frames
+from vmm.mmu import Mmu
+
+#: Vectors that push an error code (SDM vol. 3, table 6-1).
+_WITH_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17, 21})
+_LOADED: tuple[SegmentName, ...] = ("es", "ds", "fs", "gs", "ldtr", "tr", "ss", "cs")
+
+
+class Platform(Protocol):
+    """What a vCPU needs of the machine: ports, time, and an ear for the exits that go with them.
+
+    ``exact`` is whether the call comes from a stepped instruction. A call that is not may decline, and comes
+    again with ``exact`` set, at the boundary before the instruction.
+    """
+
+    def port_in(self, engine: Engine, port: int, size: int, *, exact: bool) -> int | None:
+        """The value that IN reads; None to decline."""
+
+    def port_out(self, engine: Engine, port: int, size: int, value: int, *, exact: bool) -> bool:
+        """Do an OUT; False to decline."""
+
+    def cpuid(self, engine: Engine, leaf: int, subleaf: int, *, exact: bool) -> bool:
+        """CPUID is about to execute; False to decline."""
+
+    def timestamp(self, engine: Engine, *, with_processor_id: bool, exact: bool) -> int | None:
+        """The virtual time-stamp counter; None to decline."""
+
+
+class VirtualCpu:
+    """A vCPU between VM entries; ``context`` is its state."""
+
+    def __init__(
+        self, memory: GuestMemory, ept: ExtendedPageTables, frames: Frames, platform: Platform, *, audit: bool
+    ) -> None:
+        self.free = FreeRunningEngine(memory, audit=audit)
+        self.stepping = SteppingEngine(memory)
+        self.context = Context(self.free.handle)
+        self.mmu = Mmu(memory, ept, frames, self.context)
+        #: Whether the last instruction was stepped, not free-run.
+        self.stepped = False
+        self.free.environment = _Environment(platform, self.free, self.mmu.fill_free, exact=False)
+        self.stepping.environment = _Environment(platform, self.stepping, self._fill_step, exact=True)
+
+    def step(self) -> Stop:
+        """Execute one instruction on the stepping engine."""
+        self.stepped = True
+        return self.stepping.step(self.context)
+
+    def _fill_step(self, _engine: Engine, page: int, access: int) -> int:
+        return self.mmu.fill_step(self.stepping, page, access)
+
+    def reset_to(self, boot: BootState) -> None:
+        """Load the initial state of a guest."""
+        context = self.context
+        context.cr0, context.cr3, context.cr4, context.efer = boot.cr0, boot.cr3, boot.cr4, boot.efer
+        for name, value in boot.gprs.items():
+            context.set_gpr(name, value)
+        context.rip = boot.rip
+        context.rflags = boot.rflags
+        context.gdtr, context.idtr = boot.gdtr, boot.idtr
+        for segment in _LOADED:
+            context.set_segment(segment, boot.segments[segment])
+        context.refresh_hidden_flags(cpl=boot.segments["ss"].dpl if boot.mode != "real" else 0)
+        for index, value in enumerate(boot.xmm):
+            context.write_xmm(index, value)
+        context.write(b.REG_MXCSR, boot.mxcsr)
+        context.write(b.REG_FCW, boot.fcw)
+
+    def run(self) -> Stop:
+        """Free-run until something is refused or asks for the VMM."""
+        self.stepped = False
+        return self.free.run(self.context)
+
+    def exception(self) -> Event:
+        """The event that the last run or step stopped with (``Stop.INTERRUPT``); RIP goes back to an INT."""
+        context, vector = self.context, self.context.vector
+        if not context.by_instruction:
+            error_code = context.error_code if vector in _WITH_ERROR_CODE else None
+            return Event(vector, EventType.HARDWARE_EXCEPTION, error_code)
+        length = self._int_length(vector)
+        context.rip -= length
+        kind = EventType.SOFTWARE_EXCEPTION if length == 1 else EventType.SOFTWARE_INTERRUPT
+        return Event(vector, kind, length=length)
+
+    def _int_length(self, vector: int) -> int:
+        """Length of the INT n (2 bytes), INT3 or INTO (1 byte) that ends at RIP; prefixes are not counted."""
+        last = self.mmu.peek(self.context.pc - 1)
+        opcode = None if last is None else self.mmu.byte_at(last)
+        return 1 if (vector, opcode) in ((3, 0xCC), (4, 0xCE)) else 2
+
+
+class _Environment:
+    """Connects one engine to its machine."""
+
+    def __init__(
+        self, platform: Platform, engine: Engine, fill: Callable[[Engine, int, int], int], *, exact: bool
+    ) -> None:
+        self._platform = platform
+        self._engine = engine
+        self._fill = fill
+        self._exact = exact
+
+    def fill(self, page: int, access: int) -> int:
+        return self._fill(self._engine, page, access)
+
+    def port_in(self, port: int, size: int) -> int | None:
+        return self._platform.port_in(self._engine, port, size, exact=self._exact)
+
+    def port_out(self, port: int, size: int, value: int) -> bool:
+        return self._platform.port_out(self._engine, port, size, value, exact=self._exact)
+
+    def cpuid(self, leaf: int, subleaf: int) -> bool:
+        return self._platform.cpuid(self._engine, leaf, subleaf, exact=self._exact)
+
+    def timestamp(self, *, with_processor_id: bool) -> int | None:
+        return self._platform.timestamp(self._engine, with_processor_id=with_processor_id, exact=self._exact)
+
+
+def verify_engine() -> None:
+    """Check once a process that this Unicorn is the one that the VMM knows; raises ``EngineError``."""
+    if not _verified:
+        layout.verify()
+        _verified.append(True)
+
+
+_verified: list[bool] = []
