@@ -12,6 +12,9 @@ FRAMES = 3
 PDPT = FRAMES << 12
 MEMORY = (FRAMES + 1) << 12
 
+#: Rights, and A, D and G, as the entries of a table have them.
+LOW_BITS = [7, 7, 7, 7, 7, 6, 5, 3, 1, 0x27, 0x67, 0x167]
+
 KINDS = {Access.READ: reference.READ, Access.WRITE: reference.WRITE, Access.FETCH: reference.FETCH}
 MODE_BITS = {
     "off": (0, 0, 0),
@@ -51,13 +54,13 @@ def processors(draw):
 
 
 @st.composite
-def raw_entries(draw, low_bits):
+def raw_entries(draw, low_bits, kinds):
     """Mostly a present entry that refers to a frame; at times it maps a page, or a bit of it is flipped."""
     entry = draw(st.integers(0, FRAMES - 1)) << 12 | draw(st.sampled_from(low_bits))
-    flip = draw(st.sampled_from(["no"] * 400 + ["large page"] * 60 + [7] * 10 + [63] * 10 + list(range(64))))
-    if flip == "large page":
-        return entry & 0x1FFF | 1 << 7
-    return entry if flip == "no" else entry ^ 1 << flip
+    if draw(st.sampled_from(kinds)) == "page":
+        entry = entry & 0x1FFF | 1 << 7
+    flip = draw(st.sampled_from([None] * 400 + [63] * 20 + list(range(64))))
+    return entry if flip is None else entry ^ 1 << flip
 
 
 @st.composite
@@ -68,10 +71,10 @@ def situations(draw):
     memory = OpenMemory(MEMORY)
     for frame in range(FRAMES):
         for index in range(2):
-            entry = draw(raw_entries([7, 7, 7, 7, 7, 5, 3, 1, 0x27, 0x67, 0x167]))
+            entry = draw(raw_entries(LOW_BITS, ["table"] * 8 + ["page"]))
             memory.poke(frame << 12 | index * size, size, entry & (1 << 8 * size) - 1)
     for index in range(2):
-        memory.poke(PDPT + index * 8, 8, draw(raw_entries([1])))
+        memory.poke(PDPT + index * 8, 8, draw(raw_entries([1], ["table"])))
     shifts = (22, 12) if size == 4 else (48, 39, 30, 21, 12)
     gva = sum(draw(st.integers(0, 1)) << shift for shift in shifts)
     return cpu, memory, gva | draw(st.integers(0, 0xFFF))

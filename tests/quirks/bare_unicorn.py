@@ -13,7 +13,7 @@ import sys
 from typing import Any, Final
 
 from keystone import KS_ARCH_X86, KS_MODE_32, KS_MODE_64, Ks
-from unicorn import Uc, x86_const
+from unicorn import x86_const
 from unicorn.unicorn_const import (
     UC_ARCH_X86,
     UC_CTL_IO_WRITE,
@@ -31,7 +31,7 @@ from unicorn.unicorn_const import (
     UC_MODE_64,
     UC_TLB_VIRTUAL,
 )
-from unicorn.unicorn_py3.unicorn import uclib
+from unicorn.unicorn_py3.unicorn import Uc, uclib
 
 PAGE: Final = 0x1000
 R, W, X = 1, 2, 4

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
-from unicorn import Uc, UcError
 from unicorn.unicorn_const import UC_ARCH_X86, UC_HOOK_MEM_WRITE_PROT, UC_MEM_FETCH, UC_MODE_64
-from unicorn.unicorn_py3.unicorn import UcContext
-from unicorn.x86_const import UC_X86_REG_RAX, UC_X86_REG_RCX, UC_X86_REG_RDI, UC_X86_REG_RIP
+from unicorn.unicorn_py3.unicorn import Uc, UcContext, UcError
+from unicorn.x86_const import UC_X86_REG_RCX, UC_X86_REG_RDI, UC_X86_REG_RDX, UC_X86_REG_RIP
 
 from .bare_unicorn import CODE, DATA, OK, PAGE, REFUSED, Bare, R, asm
 
@@ -156,21 +156,44 @@ def test_q34_a_stop_from_another_thread_replays_read_modify_writes() -> None:
     assert replayed
 
 
-@pytest.mark.parametrize("answer", [True, False])
-def test_q35_a_write_prot_hook_drops_the_store_or_runs_on(answer: bool) -> None:
+def write_protected(code: bytes, *, head: int = 0) -> tuple[Uc, int, int]:
+    """Run a store to a read-only region: (engine, RIP after it, INCs executed after the store)."""
     uc = Uc(UC_ARCH_X86, UC_MODE_64)
-    uc.mem_map(0, 0x10000)
-    uc.mem_map(DATA, PAGE, R)
-    uc.mem_write(CODE, asm("mov [rdi], cl; inc eax; inc eax; hlt"))
-    uc.reg_write(UC_X86_REG_RDI, DATA)
-    uc.reg_write(UC_X86_REG_RCX, 7)
-    uc.hook_add(UC_HOOK_MEM_WRITE_PROT, lambda *_arguments: answer)
-    if answer:
-        uc.emu_start(CODE, 0)
-        assert uc.reg_read(UC_X86_REG_RAX) == 2
-    else:
-        with pytest.raises(UcError, match="WRITE_PROT"):
-            uc.emu_start(CODE, 0)
-        ran_on = uc.reg_read(UC_X86_REG_RAX)
-        assert (uc.reg_read(UC_X86_REG_RIP), ran_on) == (CODE, 0)
-    assert uc.mem_read(DATA, 1) == b"\0"
+    uc.mem_map(0, DATA)
+    uc.mem_map(DATA, PAGE)
+    uc.mem_map(DATA + PAGE, PAGE, R)
+    uc.mem_write(CODE, code + asm("inc edx; inc edx; hlt"))
+    for register, value in ((UC_X86_REG_RDI, DATA + PAGE - head), (UC_X86_REG_RCX, 0x11111111)):
+        uc.reg_write(register, value)
+    with contextlib.suppress(UcError):
+        uc.emu_start(CODE, 0x2000)
+    return uc, uc.reg_read(UC_X86_REG_RIP), uc.reg_read(UC_X86_REG_RDX)
+
+
+def test_q35_a_region_permission_stops_a_plain_store_in_time() -> None:
+    assert write_protected(b"\x88\x0f")[1:] == (CODE, 0)
+
+
+@pytest.mark.parametrize("code", [b"\x0f\xae\x07", b"\xdb\x3f", b"\xdf\x37"], ids=["fxsave", "fstp m80", "fbstp"])
+def test_q35_a_region_permission_lets_the_block_run_on_behind_a_helper(code: bytes) -> None:
+    _, pc, executed = write_protected(code)
+    assert pc > CODE + len(code)
+    assert executed == 2
+
+
+def test_q35_a_region_permission_leaves_the_first_part_of_a_straddling_store() -> None:
+    uc, pc, _ = write_protected(b"\x48\x89\x0f", head=4)
+    assert pc == CODE
+    assert uc.mem_read(DATA + PAGE - 4, 4) == b"\x11" * 4
+
+
+def test_q35_a_write_prot_hook_that_agrees_drops_the_store() -> None:
+    b = Uc(UC_ARCH_X86, UC_MODE_64)
+    b.mem_map(0, DATA)
+    b.mem_map(DATA, PAGE, R)
+    b.mem_write(CODE, asm("mov [rdi], cl; inc edx; hlt"))
+    b.reg_write(UC_X86_REG_RDI, DATA)
+    b.reg_write(UC_X86_REG_RCX, 7)
+    b.hook_add(UC_HOOK_MEM_WRITE_PROT, lambda *_arguments: True)
+    b.emu_start(CODE, 0x2000)
+    assert (b.reg_read(UC_X86_REG_RDX), b.mem_read(DATA, 1)) == (1, b"\0")

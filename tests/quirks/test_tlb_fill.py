@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from unicorn import Uc
 from unicorn.unicorn_const import UC_MEM_FETCH, UC_MEM_READ, UC_MEM_WRITE, UC_MODE_32
 
 from .bare_unicorn import CODE, DATA, HLT, OK, PAGE, REFUSED, STACK, Bare, R, W, X, register_id
+
+if TYPE_CHECKING:
+    from unicorn.unicorn_py3.unicorn import Uc
 
 FILLER = b"\xee"
 NEXT = DATA + PAGE

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
-from unicorn import Uc, UcError
 from unicorn.unicorn_const import UC_ARCH_X86, UC_MODE_64
+from unicorn.unicorn_py3.unicorn import Uc, UcError
 from unicorn.x86_const import UC_X86_REG_RBX, UC_X86_REG_RCX, UC_X86_REG_RDI, UC_X86_REG_RIP, UC_X86_REG_RSP
 
-from .bare_unicorn import CODE, DATA, HLT, OK, PAGE, REFUSED, SIZE, STACK, Bare, R, W, X, address_of, asm, dies
+from .bare_unicorn import (
+    CODE,
+    DATA,
+    HLT,
+    OK,
+    PAGE,
+    REFUSED,
+    SIZE,
+    STACK,
+    Bare,
+    R,
+    W,
+    X,
+    address_of,
+    asm,
+    dies,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ALIAS = 0x700000
 WINDOW = 0x7F00_0000_0000

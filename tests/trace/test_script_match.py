@@ -181,6 +181,16 @@ def test_a_kind_that_only_leaves_out_is_still_seen_by_the_lines_that_name_it():
     assert not holds("only exits\nnever block evicted", "block evicted")
 
 
+def test_a_next_line_beside_others_waits_for_one_of_them_after_a_gap():
+    body = "any order { next exit CPUID; modification }"
+    assert holds(body, "modification; exit CPUID")
+    assert holds(body, "exit HLT; modification; exit CPUID")
+    assert not holds(body, "exit HLT; exit CPUID; modification")
+    after_open = "repeat at most 2 { modification }\nnext exit CPUID"
+    assert holds(after_open, "exit HLT; modification; exit CPUID")
+    assert not holds(after_open, "exit HLT; exit CPUID")
+
+
 # Counts
 
 

@@ -144,8 +144,7 @@ def test_layout_is_free_where_it_does_no_harm():
     plain = script("exit HLT rip=1\nmodification gpa=1 and new=90\n")
     for body in (
         "exit HLT rip = 1;modification gpa=1 new=90",
-        "\r\n  exit HLT   rip=1 # a comment\r\n\n# another\n  modification\n\n"
-        "  # between\n   and gpa=1\n\tand new=90",
+        "\r\n  exit HLT   rip=1 # a\r\n\n# b\n  modification\n\n  # c\n   and gpa=1\n\tand new=90",
     ):
         assert _shape(script(body)) == _shape(plain)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from vmm.paging.mode import OFFSET_4_MIB, RW, US, XD, A, D, G, P
+from vmm.paging.mode import OFFSET_4_MIB, RW, US, XD, A, D, G, P, high_bits_of_4_mib_page
 
 if TYPE_CHECKING:
     from vmm.paging.access import PhysicalMemory
@@ -74,7 +74,7 @@ def _decode(mode: PagingMode, step: Step, level: int, where: int, raw: int) -> E
     if leaf:
         address &= ~step.offset
         if step.offset == OFFSET_4_MIB:
-            address |= (raw >> 13 & mode.pse36_mask) << 32
+            address |= high_bits_of_4_mib_page(raw)
     return Entry(
         level=level,
         name=_NAMES[level],

@@ -69,6 +69,14 @@ DEFAULT_MAXPHYADDR = 40
 OFFSET_4_MIB = (1 << 22) - 1
 
 
+def high_bits_of_4_mib_page(pde: int) -> int:
+    """Return bits 39:32 of the GPA, which a 4 MiB PDE holds from its bit 13 on (PSE-36), in their place.
+
+    Those that the processor's physical addresses do not have are reserved, so a good PDE has none of them.
+    """
+    return (pde >> 13 & 0xFF) << 32
+
+
 def _bits(high: int, low: int) -> int:
     """Return a mask of bits ``high`` down to ``low``; none if ``high`` is below ``low``."""
     return (1 << high + 1) - (1 << low) if high >= low else 0
@@ -123,8 +131,6 @@ class PagingMode:
     linear_mask: int = _derived(lambda mode: _bits(63 if mode.levels > 3 else 31, 0))
     #: Mask of the GPA in an entry, and in CR3 (but for the PDPTEs of PAE paging).
     address_mask: int = _derived(lambda mode: _bits(31 if mode.levels == 2 else mode.maxphyaddr - 1, 12))
-    #: Mask of the GPA bits 39:32 that a 4 MiB PDE holds from its bit 13 on (PSE-36).
-    pse36_mask: int = _derived(lambda mode: _bits(min(40, mode.maxphyaddr) - 33, 0))
     #: P and the reserved bits of a PDPTE of PAE paging.
     pdpte_check: int = _derived(lambda mode: P | _bits(2, 1) | _bits(8, 5) | _bits(63, mode.maxphyaddr))
     #: Whether a fetch sets I/D in an error code (SDM vol. 3, 4.7).

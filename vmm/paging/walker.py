@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from vmm.paging.access import Access, EntryChanged, ErrorCode, PageFault, PhysicalMemory, Translation
-from vmm.paging.mode import OFFSET_4_MIB, A, D, G, P, PagingMode
+from vmm.paging.mode import OFFSET_4_MIB, A, D, G, P, PagingMode, high_bits_of_4_mib_page
 from vmm.paging.rights import SUPERVISOR, SUPERVISOR_AC, USER
 
 #: How often a walk starts over because an entry changed under it, before it gives up.
@@ -84,7 +84,7 @@ def walk(  # noqa: C901 - kept in one function for speed
 
         gpa = entry & address_mask & ~offset | gva & offset & ~0xFFF
         if offset == OFFSET_4_MIB:
-            gpa |= (entry >> 13 & mode.pse36_mask) << 32
+            gpa |= high_bits_of_4_mib_page(entry)
         return _translation(
             (
                 gpa,

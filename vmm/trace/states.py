@@ -340,7 +340,7 @@ class EitherState:
     def offer(self, record: Json) -> bool:
         for branch in self._branches:
             if branch.offer(record):
-                pass
+                self._branches = [branch]
                 return True
         return False
 

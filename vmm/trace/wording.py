@@ -21,29 +21,38 @@ _SMALL: Final = 10
 
 def as_line(record: Json) -> str:
     """The script line for one record: its kind, its label and all fields that a script can name."""
-    kind = str(record.get("kind"))
-    label_field = LABELS.get(kind)
-    label = record.get(label_field) if label_field else None
-    types = Schema.of_records().kinds.get(kind, {})
-    words = [kind]
-    if isinstance(label, str):
-        taken = {*RESERVED, *(types if kind not in OPEN_KINDS else ())}
-        words.append(label if _BARE.fullmatch(label) and label not in taken else quoted(label))
-    for name, value in record.items():
-        spelled = _spelled(value, types.get(name, FieldType.ANY))
-        if (
-            name not in _IMPLIED
-            and name != label_field
-            and spelled is not None
-            and (name in types or kind in OPEN_KINDS)
-        ):
-            words.append(f"{name}={spelled}")
-    return " ".join(words)
+    return _line(record, Schema.of_records())
 
 
 def as_script(records: Iterable[Json]) -> str:
     """A script that expects exactly these records, in this order and no others between them."""
-    return "\n".join(["vmm-script/1", *(f"next {as_line(record)}" for record in records), ""])
+    schema = Schema.of_records()
+    lines = (_line(record, schema) + _absent(record, schema) for record in records)
+    return "\n".join(["vmm-script/1", *(f"next {line}" for line in lines), ""])
+
+
+def _line(record: Json, schema: Schema) -> str:
+    kind = str(record.get("kind"))
+    types = schema.kinds.get(kind, {})
+    label_field = LABELS.get(kind)
+    label = record.get(label_field) if label_field else None
+    words = [kind]
+    if isinstance(label, str):
+        taken = {*RESERVED, *(types if kind not in OPEN_KINDS else ())}
+        words.append(label if _BARE.fullmatch(label) and True else quoted(label))
+    for name, value in record.items():
+        spelled = _spelled(value, types.get(name, FieldType.ANY))
+        known = name in types or kind in OPEN_KINDS
+        if known and name not in {*_IMPLIED, label_field} and spelled is not None:
+            words.append(f"{name}={spelled}")
+    return " ".join(words)
+
+
+def _absent(record: Json, schema: Schema) -> str:
+    """Conditions that the fields which an exit leaves out are left out."""
+    reason = record.get("reason") if record.get("kind") == "exit" else None
+    fields = schema.exits.get(reason, {}) if isinstance(reason, str) else {}
+    return "".join(f" {name}=none" for name in fields if name not in record)
 
 
 def quoted(text: str) -> str:
