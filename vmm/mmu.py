@@ -109,6 +109,7 @@ class Mmu:
         self._fixed_root: int | None = None
         self._fixed: list[tuple[int, int, int]] = []
         self._fixed_pages: dict[int, list[int]] = {}
+        self._fixed_walks: dict[tuple[int, int, bool], Translation] = {}
         self._mode_of: tuple[int, int, int] = (0, 0, 0)
         self._mode = PagingMode.of(0, 0, 0)
 
@@ -167,6 +168,11 @@ class Mmu:
         user = cs & 3 == 3 and bool(cr0 & CR0_PE)
         if not efer & EFER_LMA and cr0 & CR0_PE and engine.rflags() & RFLAGS_VM:
             user = True
+        fixed = cr3 & _LEAF_ADDRESS == self._fixed_root
+        if fixed:
+            known = self._fixed_walks.get((page, access, user))
+            if known is not None:
+                return known, self._ept.translate(known.gpa)
         try:
             translation = walk(self, mode, cr3, page, _ACCESS[access], user=user)
         except PageFault as fault:
@@ -178,7 +184,9 @@ class Mmu:
             self.refusal = Violation(page, violation.access, violation.gpa, violation.leaf, final=False)
             return None
         leaf = self._ept.translate(translation.gpa)
-        if leaf:
+        if fixed:
+            self._fixed_walks[page, access, user] = translation
+        elif leaf:
             self._frames.at(leaf).learn(cr3 & _LEAF_ADDRESS, page)
         return translation, leaf
 
@@ -186,6 +194,7 @@ class Mmu:
         if self._mode_of != (cr0, cr4, efer):
             self._mode_of = (cr0, cr4, efer)
             self._mode = PagingMode.of(cr0, cr4, efer)
+            self._fixed_walks.clear()
         return self._mode
 
     def current_mode(self) -> PagingMode:
@@ -342,6 +351,7 @@ class Mmu:
     def fix_tables(self, root: int, mappings: list[tuple[int, int, int]]) -> None:
         """The address space of ``root`` consists of these (GVA, GPA, bytes), later ones winning, and never changes."""
         self._fixed_root, self._fixed = root, mappings
+        self._fixed_walks.clear()
 
     def aliases(self, frame: Frame, offset: int) -> tuple[int, ...]:
         """All linear addresses of the current address space known to reach a byte of a frame, ascending."""

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from typing import Any, Final
 
-from keystone import KS_ARCH_X86, KS_MODE_32, KS_MODE_64, Ks
+from keystone import KS_ARCH_X86, KS_MODE_32, KS_MODE_64, Ks  # type: ignore[import-untyped]
 from unicorn import x86_const
 from unicorn.unicorn_const import (
     UC_ARCH_X86,
@@ -120,7 +120,9 @@ class Bare:
     def translations(self) -> list[tuple[int, int]]:
         """A list that grows by (pc, size) with each translation that Unicorn reports."""
         seen: list[tuple[int, int]] = []
-        self.uc.hook_add(UC_HOOK_EDGE_GENERATED, lambda _uc, block, _prev, _data: seen.append((block.pc, block.size)))
+        self.uc.hook_add(
+            UC_HOOK_EDGE_GENERATED, lambda _uc, block, _prev, _data: seen.append((block.pc, block.size))
+        )
         return seen
 
     def interrupts(self, *, limit: int = 1) -> list[tuple[int, int]]:

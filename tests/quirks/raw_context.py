@@ -17,7 +17,8 @@ GPRS: Final = ENV  # rax rcx rdx rbx rsp rbp rsi rdi r8-r15, u64 each
 RIP: Final = ENV + 0x80
 EFLAGS: Final = ENV + 0x88  # between runs complete; inside a hook without the arithmetic flags
 HFLAGS: Final = ENV + 0xB0  # bits 1:0 CPL, bit 3 interrupt shadow
-SEGMENTS: Final = ENV + 0xB8  # es cs ss ds fs gs ldt tr gdt idt: selector u32, pad, base u64, limit u32, flags u32
+# es cs ss ds fs gs ldt tr gdt idt: selector u32, padding, base u64, limit u32, flags u32
+SEGMENTS: Final = ENV + 0xB8
 SEGMENT_SIZE: Final = 24
 CR0: Final = ENV + 0x1A8  # cr0-cr4, u64 each
 MXCSR: Final = ENV + 0x330
@@ -43,9 +44,9 @@ def field(state: bytes, offset: int, size: int = 4) -> int:
 def poke(b: Bare, offset: int, value: int, size: int = 4) -> None:
     """Change a number in the engine's state."""
     saved = b.uc.context_save()
-    state, *rest = saved.__getstate__()
+    state, length, arch, mode = saved.__getstate__()
     changed = bytearray(state)
     changed[offset : offset + size] = value.to_bytes(size, "little")
     forged = UcContext.__new__(UcContext)
-    forged.__setstate__((bytes(changed), *rest))
+    forged.__setstate__((bytes(changed), length, arch, mode))
     b.uc.context_restore(forged)

@@ -15,7 +15,7 @@ from .raw_context import field, poke, raw
 if TYPE_CHECKING:
     from unicorn.unicorn_py3.unicorn import Uc
 
-GPR_NAMES = ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"]
+GPR_NAMES = ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"] + [f"r{i}" for i in range(8, 16)]
 SEGMENT_BASES = {"fs_base": 4, "gs_base": 5}
 TABLES = {"ldtr": 6, "tr": 7, "gdtr": 8, "idtr": 9}
 
@@ -97,7 +97,7 @@ STOPS = {"out": "out 0x80, al", "int": "int 0x30"}
 
 
 def pushed_after_restore(kind: str, *, rewrite: bool) -> tuple[int, int]:
-    """Save inside a hook, restore into another engine, go on: (RFLAGS as the context shows, as PUSHFQ pushes)."""
+    """Save in a hook, restore into another engine, go on: (RFLAGS as the context shows, as PUSHFQ pushes)."""
     b = Bare()
     b.put(CODE, FLAGS + STOPS[kind] + "; pushfq; pop rcx; cld; hlt")
     saved = []

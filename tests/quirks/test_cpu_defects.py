@@ -38,7 +38,7 @@ def accessed(prefix: bytes, opcode: bytes, reg: int, immediate_size: int) -> int
 
 @pytest.mark.parametrize("size", PREFIXES)
 @pytest.mark.parametrize("opcode", [b"\x0f\xa4", b"\x0f\xac"], ids=["shld", "shrd"])
-def test_q60_shld_and_shrd_with_a_count_byte_miss_a_rip_relative_operand_by_one(opcode: bytes, size: int) -> None:
+def test_q60_shld_and_shrd_by_imm8_miss_a_rip_relative_operand_by_one(opcode: bytes, size: int) -> None:
     assert accessed(PREFIXES[size], opcode, 1, 1) == -1
 
 
@@ -57,15 +57,18 @@ def rip_relative_forms() -> list[tuple[bytes, bytes, int, int]]:
     forms = []
     for size, prefix in PREFIXES.items():
         full = immediate(size)
-        forms += [(prefix, op, reg, n) for reg in range(8) for op, n in ((b"\x80", 1), (b"\x81", full), (b"\x83", 1))]
-        forms += [(prefix, op, reg, 1) for reg in range(8) for op in (b"\xc0", b"\xc1")]
-        forms += [(prefix, b"\xc6", 0, 1), (prefix, b"\xc7", 0, full), (prefix, b"\xf6", 0, 1), (prefix, b"\xf7", 0, full)]
+        forms += [(prefix, op, reg, 1) for reg in range(8) for op in (b"\x80", b"\x83", b"\xc0", b"\xc1")]
+        forms += [(prefix, b"\x81", reg, full) for reg in range(8)]
+        forms += [
+            (prefix, op, 0, n) for op, n in ((b"\xc6", 1), (b"\xc7", full), (b"\xf6", 1), (b"\xf7", full))
+        ]
         forms += [(prefix, b"\x69", 1, full), (prefix, b"\x6b", 1, 1)]
         forms += [(prefix, b"\x0f\xba", reg, 1) for reg in (4, 5, 6, 7)]
     forms += [(prefix, b"\x0f\x70", 1, 1) for prefix in (b"", b"\x66", b"\xf2", b"\xf3")]
     forms += [(prefix, b"\x0f\xc2", 1, 1) for prefix in (b"", b"\x66", b"\xf2", b"\xf3")]
     forms += [(prefix, op, 1, 1) for prefix in (b"", b"\x66") for op in (b"\x0f\xc4", b"\x0f\xc6")]
-    three_byte = [*range(0x08, 0x10), *range(0x14, 0x18), 0x20, 0x21, 0x22, 0x40, 0x41, 0x42, 0x44, *range(0x60, 0x64), 0xDF]
+    three_byte = [*range(0x08, 0x10), *range(0x14, 0x18), 0x20, 0x21, 0x22, 0x40, 0x41, 0x42, 0x44]
+    three_byte += [*range(0x60, 0x64), 0xDF]
     forms += [(b"\x66", bytes([0x0F, 0x3A, op]), 1, 1) for op in three_byte]
     return forms
 
@@ -99,7 +102,8 @@ def test_q64_the_binding_rejects_the_rdtsc_hook_that_the_library_knows() -> None
 
     prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
     hook = ctypes.cast(prototype(answer), prototype)
-    b.uc._Uc__do_hook_add(UC_HOOK_INSN, hook, 1, 0, ctypes.c_int(UC_X86_INS_RDTSC))
+    add_hook = getattr(b.uc, "_Uc__do_hook_add")  # noqa: B009 - the name is mangled
+    add_hook(UC_HOOK_INSN, hook, 1, 0, ctypes.c_int(UC_X86_INS_RDTSC))
     assert b.run() == OK
     assert (b["rax"], b["rdx"]) == (0x1111, 0x2222)
 

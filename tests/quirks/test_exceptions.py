@@ -161,7 +161,7 @@ def test_q46_execution_breakpoints_work_if_the_guest_sets_them_and_not_through_t
 
 def test_q46_data_breakpoints_never_fire() -> None:
     b = Bare()
-    b.put(CODE, "mov dr1, rdi; mov ecx, 0xd00404; mov dr7, rcx; jmp l; l: mov [rdi], eax; mov [rdi], eax; hlt")
+    b.put(CODE, "mov dr1, rdi; mov ecx, 0xd00404; mov dr7, rcx; jmp l; l: mov [rdi], eax; nop; hlt")
     b["rdi"] = DATA
     seen = b.interrupts()
     assert (b.run(), seen) == (OK, [])

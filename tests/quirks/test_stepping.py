@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unicorn.unicorn_const import UC_HOOK_MEM_WRITE
 
-from .bare_unicorn import CODE, DATA, HLT, OK, Bare, R, W, X
+from .bare_unicorn import CODE, DATA, HLT, OK, PAGE, Bare, R, W, X
 
 TF = 1 << 8
 LATCH = 0xE0000
@@ -84,3 +84,16 @@ def test_q24_the_trap_flag_shows_in_pushf_and_skips_the_instruction_after_mov_ss
     assert b.run() == OK
     assert b["rcx"] & TF
     assert [pc for _, pc in seen] == [CODE + 1, CODE + 2, CODE + 5, CODE + 6]
+
+
+def test_q25_a_write_hook_gets_the_ram_address_once_even_if_the_store_straddles() -> None:
+    b = Bare()
+    b.put(CODE, "mov [rdi], rax; hlt")
+    alias, other = 0x700000, 0x9000
+    b.pages[alias], b.pages[alias + PAGE] = (DATA, R | W), (other, R | W)
+    b["rdi"], b["rax"] = alias + PAGE - 4, 0x1111_1111_2222_2222
+    writes: list[tuple[int, int, int]] = []
+    b.uc.hook_add(UC_HOOK_MEM_WRITE, lambda _uc, _access, *write: writes.append(write[:3]))
+    assert b.run() == OK
+    assert writes == [(DATA + PAGE - 4, 8, 0x1111_1111_2222_2222)]
+    assert b.ram[other : other + 4] == b"\x11" * 4

@@ -8,6 +8,7 @@ import pytest
 from unicorn.unicorn_const import UC_MEM_FETCH, UC_MEM_READ, UC_MEM_WRITE, UC_MODE_32
 
 from .bare_unicorn import CODE, DATA, HLT, OK, PAGE, REFUSED, STACK, Bare, R, W, X, register_id
+from .raw_context import CR0, HFLAGS, field, poke, raw
 
 if TYPE_CHECKING:
     from unicorn.unicorn_py3.unicorn import Uc
@@ -45,7 +46,7 @@ IN_PIECES = {
 
 
 def straddling(code: bytes, head: int) -> tuple[Bare, int, int]:
-    """Store at the end of a page whose successor is read-only; (engine, status, bytes changed on the first page)."""
+    """A store at the end of a page whose successor is read-only: (engine, its address, its operand)."""
     b = Bare()
     start = b.put(CODE, b"\xd9\xeb") + CODE  # fldpi: something for the x87 stores
     b.put(start, code + HLT)
@@ -178,7 +179,7 @@ def test_q07_an_exit_point_at_the_page_end_keeps_translation_on_its_page() -> No
     assert b.fills == [(NEXT - PAGE, UC_MEM_FETCH)]
 
 
-def test_q08_permissions_of_a_fill_are_exact() -> None:
+def test_q04_permissions_of_a_fill_are_exact() -> None:
     b = Bare()
     b.put(CODE, "mov eax, [rdi]; mov [rdi], eax; hlt")
     b["rdi"] = DATA
@@ -189,3 +190,65 @@ def test_q08_permissions_of_a_fill_are_exact() -> None:
     b.pages[DATA] = (DATA, R | W)
     assert b.run() == OK
     assert b.run(DATA) == REFUSED
+
+
+@pytest.mark.parametrize(
+    ("text", "paging", "filled_again"),
+    [
+        ("mov cr3, rcx", True, [DATA, NEXT]),
+        ("mov cr3, rcx", False, []),
+        ("invlpg [rdi]", True, [DATA]),
+        ("nop", True, []),
+    ],
+)
+def test_q08_with_paging_on_cr3_writes_and_invlpg_lead_to_new_fills(
+    text: str, paging: bool, filled_again: list[int]
+) -> None:
+    b = Bare()
+    loads = "mov al, [rdi]; mov al, [rsi]; "
+    b.put(CODE, loads + text + "; jmp l; l: " + loads + "hlt")
+    b["rdi"], b["rsi"] = DATA, NEXT
+    poke(b, CR0, field(raw(b), CR0) | paging << 31)
+    assert b.run() == OK
+    fills = [page for page, access in b.fills if access == UC_MEM_READ]
+    assert fills == [DATA, NEXT, *filled_again]
+
+
+def test_q08_each_privilege_level_has_fills_of_its_own() -> None:
+    b = Bare()
+    b.put(CODE, "mov al, [rdi]; hlt")
+    b["rdi"] = DATA
+    for _ in range(2):
+        assert b.run() == OK
+    assert b.fills.count((DATA, UC_MEM_READ)) == 1
+    b.put(CODE + 0x100, "mov al, [rdi]; int 0x30")
+    b.interrupts()
+    poke(b, HFLAGS, field(raw(b), HFLAGS) | 3)
+    assert b.run(CODE + 0x100) == OK
+    assert b.fills.count((DATA, UC_MEM_READ)) == 2
+
+
+def test_q08_restoring_a_context_keeps_the_tlb() -> None:
+    b = Bare()
+    b.put(CODE, "mov al, [rdi]; hlt")
+    b["rdi"] = DATA
+    saved = b.uc.context_save()
+    b.run()
+    saved.reg_write(register_id("cr3"), 0x7000)
+    b.uc.context_restore(saved)
+    b.run()
+    assert b.fills.count((DATA, UC_MEM_READ)) == 1
+
+
+def test_q09_descriptor_reads_of_user_code_look_like_its_own() -> None:
+    b = Bare()
+    gdt = 0x9000
+    b.uc.reg_write(register_id("gdtr"), (0, gdt, 0xFF, 0))
+    b.ram[gdt + 0x18 : gdt + 0x20] = bytes.fromhex("ffff000000f3cf00")  # a ring-3 data segment
+    poke(b, HFLAGS, field(raw(b), HFLAGS) | 3)
+    b.put(CODE, "mov ds, eax; int 0x30")
+    b["rax"] = 0x1B
+    exceptions = b.interrupts()
+    assert b.run() == OK
+    assert exceptions == [(0x30, CODE + 4)]
+    assert (gdt, UC_MEM_READ) in b.fills

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import pytest
 from unicorn.unicorn_const import UC_ARCH_X86, UC_MODE_64
@@ -28,9 +28,6 @@ from .bare_unicorn import (
     asm,
     dies,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 ALIAS = 0x700000
 WINDOW = 0x7F00_0000_0000
@@ -182,13 +179,15 @@ def test_q16_request_cache_of_a_refused_page_kills_the_process() -> None:
 
 # A loop that patches a function and calls it: ECX counts down, each result goes to [RBX].
 FUNCTION = 0x9000
-PATCH_AND_CALL = (
-    "l: mov byte ptr [rdi], cl; call 0x9000; mov [rbx], al; inc rbx; dec ecx; jnz l; hlt"
-)
+PATCH_AND_CALL = "l: mov byte ptr [rdi], cl; call 0x9000; mov [rbx], al; inc rbx; dec ecx; jnz l; hlt"
 RIGHT = [4, 3, 2, 1]
 
 
-def patch_and_call(put: Callable[[int, bytes], object], write: Callable[[int, int], object], through: int) -> None:
+Put = Callable[[int, bytes], object]
+WriteRegister = Callable[[int, int], object]
+
+
+def patch_and_call(put: Put, write: WriteRegister, through: int) -> None:
     """Lay out the loop; the function is patched through the address given."""
     put(CODE, asm(PATCH_AND_CALL))
     put(FUNCTION, asm("mov eax, 0; ret", FUNCTION))
@@ -198,7 +197,7 @@ def patch_and_call(put: Callable[[int, bytes], object], write: Callable[[int, in
 
 
 @pytest.mark.parametrize(("permissions", "results"), [(R | W, [4, 4, 4, 4]), (R | W | X, RIGHT)])
-def test_q17_stores_through_an_alias_without_x_leave_stale_blocks(permissions: int, results: list[int]) -> None:
+def test_q17_stores_through_an_alias_without_x_leave_stale_code(permissions: int, results: list[int]) -> None:
     b = Bare()
     b.pages[FUNCTION], b.pages[ALIAS] = (FUNCTION, R | X), (FUNCTION, permissions)
     patch_and_call(b.put, b.uc.reg_write, ALIAS)

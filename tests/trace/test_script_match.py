@@ -422,6 +422,13 @@ def test_a_sum_with_a_capture_of_none_meets_nothing():
     assert not holds(body, "modification gva=none; modification gva=5")
 
 
+def test_a_list_or_range_with_a_capture_not_made_meets_nothing():
+    made = "either { exit CPUID leaf as $n } or { exit HLT }\n"
+    for condition in ("aliases!=[$n]", "aliases lacks [1, $n]", "gpa in 0..$n", "gpa!=$n"):
+        assert holds(made + f"modification {condition}", "exit CPUID leaf=9; modification gpa=5 aliases=[5]")
+        assert not holds(made + f"modification {condition}", "exit HLT; modification gpa=5 aliases=[5]")
+
+
 # Actions
 
 

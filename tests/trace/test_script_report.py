@@ -95,6 +95,16 @@ def test_a_near_miss_far_back_is_still_shown():
     assert "… 495 more" in text
 
 
+def test_the_records_right_after_the_last_line_that_was_met_are_shown():
+    text = report("exit CPUID\nmodification", "exit RDTSC;" * 9 + "exit CPUID;" + "exit HLT;" * 50)
+    assert [line.split()[:3] for line in text.splitlines()[8:12]] == [
+        ["…", "9", "more"],
+        ["+", "#10", "exit"],
+        ["#11", "exit", "HLT"],
+        ["#12", "exit", "HLT"],
+    ]
+
+
 def test_without_a_near_miss_the_report_says_that_nothing_came():
     text = report("exit HLT\nmodification gpa=5\nexit HLT", "exit HLT; exit HLT")
     assert "no modification came since the line before was met" in text

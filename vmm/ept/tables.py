@@ -64,7 +64,7 @@ class ExtendedPageTables:
         index = gpa >> 12 & 511
         if not table or not table[index]:
             raise OptionError(f"GPA {gpa:#x} is not mapped", where="EPT", fix="map it first")
-        table[index] = table[index] & ~PERMISSION_MASK | permissions
+        table[index] = table[index] & ~PERMISSION_MASK | int(permissions)  # plain: an IntFlag would be slow to test
         self._leaves.pop(gpa >> 12, None)
 
     def unmap(self, gpa: int) -> None:

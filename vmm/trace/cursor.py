@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _BLANK: Final = re.compile(r"[ \t\r]*(?:#[^\n]*)?")
-_CONTINUED: Final = re.compile(r"(?:\n[ \t\r]*(?:#[^\n]*)?)+(?=->|and\b)", re.ASCII)
+_CONTINUED: Final = re.compile(r"(?:\n[ \t\r]*(?:#[^\n]*)?)++(?=->|and\b)", re.ASCII)
 _SEPARATORS: Final = re.compile(r"(?:[ \t\r\n;]|#[^\n]*)*")
 _TOKEN: Final = re.compile(r'"[^"\n]*"?|\$?\w[\w.]*|[!<>=]=|->|\.\.|.', re.ASCII)
 

@@ -12,14 +12,14 @@ from attrs import frozen
 from vmm.trace.actions import ActionError, Actions
 from vmm.trace.console_check import ConsoleState
 from vmm.trace.fields import FieldType
+from vmm.trace.near import NearMiss, NearMisses
 from vmm.trace.report import Divergence, History, explain_near, explain_other, script_lines
-from vmm.trace.states import ExpectState, NearMisses, SectionState, SequenceState
+from vmm.trace.states import ExpectState, SectionState, SequenceState
 from vmm.trace.wording import quoted, value_words
 
 if TYPE_CHECKING:
     from vmm.trace.actions import Action
     from vmm.trace.script import Script
-    from vmm.trace.states import NearMiss
     from vmm.trace.syntax import Captures, Expect, Json, Pattern, Watch
 
 _CONSOLE_SHOWN: Final = 400
@@ -54,7 +54,7 @@ class _WatchState:
     def sees(self, record: Json, matcher: Matcher) -> bool:
         """Whether the record is one that the watch counts."""
         if self.watch.least:
-            return self.near.match(self.watch.pattern, record, matcher)
+            return self.near.match(self.watch.pattern, record, matcher.number, matcher.captures)
         return self.watch.pattern.matches(record, matcher.captures)
 
 

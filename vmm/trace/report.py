@@ -16,7 +16,7 @@ from vmm.trace.wording import as_line, number, value_words
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vmm.trace.states import NearMiss
+    from vmm.trace.near import NearMiss
     from vmm.trace.syntax import Captures, Json, Pattern, Value
 
 _PLAIN_NUMBER: Final = re.compile(r"\d\w*")
@@ -90,7 +90,7 @@ class Divergence:
 
     def _run_lines(self) -> Iterator[tuple[str, str]]:
         codes = {">": _RED, "~": _YELLOW, "+": _GREEN, " ": _PLAIN}
-        last = self.run[0].number - 1 if self.run else 0
+        last = 0
         if not self.run:
             yield _PLAIN, "          (no record)"
         for entry in self.run:

@@ -14,17 +14,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from attrs import define, field, frozen
+from attrs import define, field
 
+from vmm.trace.near import NearMisses
 from vmm.trace.syntax import AnyOrder, Either, Expect, Node, Repeat, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from vmm.trace.syntax import Captures, Json, Pattern
-
-#: Near misses kept for each awaited record line.
-NEAR_MISSES = 3
+    from vmm.trace.syntax import Captures, Json
 
 
 class Run(Protocol):
@@ -76,38 +74,6 @@ class State(Protocol):
         """The first part that still has to come; None if the statement is skippable."""
 
 
-@frozen
-class NearMiss:
-    """A record of the right kind that met ``held`` conditions of a line, and the captures then."""
-
-    held: int
-    number: int
-    record: Json
-    captures: Captures
-
-
-class NearMisses:
-    """The few records that came closest to a pattern, the closest first."""
-
-    def __init__(self) -> None:
-        self.kept: list[NearMiss] = []
-
-    def match(self, pattern: Pattern, record: Json, run: Run) -> bool:
-        """Whether the record matches; it is remembered if it nearly does."""
-        if not pattern.concerns(record):
-            return False
-        held = pattern.held(record, run.captures)
-        if held == len(pattern.conditions):
-            return True
-        if len(self.kept) < NEAR_MISSES or self.kept[-1].held < held:
-            self.kept = [
-                *self.kept[: NEAR_MISSES - 1],
-                NearMiss(held, run.number, record, dict(run.captures)),
-            ]
-            self.kept.sort(key=lambda miss: -miss.held)
-        return False
-
-
 @define(eq=False)
 class ExpectState:
     """A record line that is awaited."""
@@ -131,7 +97,7 @@ class ExpectState:
     def offer(self, record: Json) -> bool:
         if self.node.strict and self.run.gapped:
             return False
-        if not self.near.match(self.node.pattern, record, self.run):
+        if not self.near.match(self.node.pattern, record, self.run.number, self.run.captures):
             return False
         self.done = True
         self.run.took(self.node, record)

@@ -39,7 +39,7 @@ def _line(record: Json, schema: Schema) -> str:
     words = [kind]
     if isinstance(label, str):
         taken = {*RESERVED, *(types if kind not in OPEN_KINDS else ())}
-        words.append(label if _BARE.fullmatch(label) and True else quoted(label))
+        words.append(label if _BARE.fullmatch(label) and label not in taken else quoted(label))
     for name, value in record.items():
         spelled = _spelled(value, types.get(name, FieldType.ANY))
         known = name in types or kind in OPEN_KINDS

@@ -44,7 +44,7 @@ class FrameControl:
 
     def permissions(self, frame: Frame) -> Permission:
         """What the EPT allows in the frame's state, when no step is under way."""
-        if frame.state in (FrameState.DATA, FrameState.WINDOW):
+        if frame.state is FrameState.DATA or frame.state is FrameState.WINDOW:
             return RW
         return RX if frame.readable else Permission.X
 
