@@ -41,9 +41,11 @@ class GuestLinearMemory:
     def write(self, address: int, data: bytes, *, user: bool) -> None:
         """All of ``data`` or, raising ``PageFault``, none of it."""
         done = 0
+        pieces = []
         for hpa, gpa, length in self._places(address, len(data), Access.WRITE, user=user):
-            self.door.write(hpa, gpa, data[done : done + length], cause="event delivery")
+            pieces.append((hpa, gpa, data[done : done + length]))
             done += length
+        self.door.write(pieces, cause="event delivery", mmu=self.mmu)
 
     def _places(self, address: int, size: int, access: Access, *, user: bool) -> list[tuple[int, int, int]]:
         """(HPA, GPA, bytes) for each page of the range."""

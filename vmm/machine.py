@@ -8,7 +8,6 @@ from typing import Final
 
 from attrs import frozen
 
-from vmm.cpu.context import Context
 from vmm.cpu.events import Event
 from vmm.devices import ConsolePort, DebugExit, PortBus
 from vmm.ept import ExtendedPageTables, Permission
@@ -86,7 +85,6 @@ class Machine:
         )
         self.loop: Final = self._make_loop()
         self.auditor: Final = Auditor(self.blocks, self.memory.read)
-        self._seen = Context(self.vcpu.free.handle)
         self.vcpu.free.on_translate = self._translated
         self.vcpu.free.on_entry = self._entered
         if self.options.block_events:
@@ -119,7 +117,6 @@ class Machine:
     def stop(self) -> None:
         """End the run at the next boundary; for handlers and observers."""
         self.loop.finish("stopped", {})
-        self.vcpu.free.ask_to_stop()
 
     def break_in(self) -> None:
         """End the run from another thread or a signal handler, at once; the machine cannot go on afterwards."""
@@ -154,12 +151,10 @@ class Machine:
     def inject(self, event: Event) -> None:
         """Deliver an event at the next VM entry, whatever the guest's interrupt flag (event injection)."""
         self.loop.pending.append(event)
-        self.vcpu.free.ask_to_stop()
 
     def interrupt(self, vector: int) -> None:
         """Raise an external interrupt: delivered when RFLAGS.IF and the interrupt shadow allow it."""
         self.loop.interrupts.append(vector)
-        self.vcpu.free.ask_to_stop()
 
     def register(self, name: str) -> int:
         """A register by its name in a state file; raises ``KeyError`` for an unknown one."""
@@ -177,10 +172,8 @@ class Machine:
         for hpa, where, _ in places:
             if self.frames.at(hpa).state is FrameState.SEALED:
                 raise OptionError(f"GPA {where:#x} is sealed", where="write", fix="sealed code never changes")
-        done = 0
-        for hpa, where, length in places:
-            self.door.write(hpa, where, data[done : done + length], cause="host")
-            done += length
+        pieces = [(hpa, where, data[where - gpa : where - gpa + length]) for hpa, where, length in places]
+        self.door.write(pieces, cause="host", mmu=self.vcpu.mmu)
 
     def alias(self, gpa: int, target: int, size: int) -> None:
         """Make ``size`` bytes of GPAs reach the frames of other GPAs (all multiples of 4096)."""
@@ -292,7 +285,7 @@ class Machine:
 
     def _translated(self, gva: int, size: int) -> None:
         """The engine has translated a block and is about to enter it."""
-        spans, mode_flags, mode = self._spans(gva, size), *self._mode()
+        spans, mode_flags, mode = self._spans(gva, size), *self.vcpu.free.live.mode()
         code = b"".join(self.memory.read(address, length) for address, length in spans)
         self.blocks.create(gva, spans, mode_flags, mode, code)
         if self.blocks.overfull:
@@ -300,12 +293,8 @@ class Machine:
 
     def _entered(self, gva: int, size: int) -> None:
         """The engine enters a block (with ``audit``)."""
-        mode_flags, _ = self._mode()
+        mode_flags, _ = self.vcpu.free.live.mode()
         self.auditor.enter(gva, self._spans(gva, size)[0][0], mode_flags)
-
-    def _mode(self) -> tuple[int, str]:
-        self._seen.save_from(self.vcpu.free.handle)
-        return self._seen.mode_flags, self._seen.mode
 
     def _spans(self, gva: int, size: int) -> tuple[Span, ...]:
         """Where the bytes of a block lie, by the pages that the engine fetched them from."""

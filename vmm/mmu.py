@@ -8,27 +8,30 @@ on how often they come: only refusals count.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Protocol
 
 from attrs import frozen
 
-from vmm.cpu.context import CR0_PE, EFER_LMA, RFLAGS_VM, Context
+from vmm.cpu.context import Context
 from vmm.cpu.engine import FETCH, READ, WRITE, Engine, R, W, X
+from vmm.cpu.free import FreeRunningEngine
 from vmm.cpu.stepping import SteppingEngine
 from vmm.decode import MAX_LENGTH, Decoded, MemoryOperand, decode
 from vmm.ept import ExtendedPageTables
 from vmm.errors import GuestError
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
-from vmm.paging import Access, EntryChanged, PageFault, PagingMode, Translation, walk
+from vmm.paging import Access, EntryChanged, PageFault, PagingMode, Translation, is_canonical, walk
 
 PAGE_OFFSET: Final = PAGE - 1
 _LEAF_ADDRESS: Final = 0x000F_FFFF_FFFF_F000
 _ACCESS: Final = {READ: Access.READ, WRITE: Access.WRITE, FETCH: Access.FETCH}
 _NEEDED: Final = {READ: R, WRITE: W, FETCH: X}
-_SELECTOR_TABLES: Final = ("ldtr", "tr")
+_NOT_FETCHED: Final = (FrameState.DATA, FrameState.WINDOW)
+#: Answers a fill: (linear page, access) -> host address | permissions, or 0 to refuse.
+Fill = Callable[[int, int], int]
 
 
 @frozen(slots=True)
@@ -85,8 +88,8 @@ class UnmappedStructure(GuestError):  # noqa: N818 - says what happened
 class StructureWriter(Protocol):
     """Where updates of paging structures go that the VMM makes on the guest's behalf."""
 
-    def write(self, hpa: int, gpa: int, data: bytes, *, cause: str) -> None:
-        """Change guest memory."""
+    def write(self, pieces: list[tuple[int, int, bytes]], *, cause: str, mmu: Mmu | None) -> None:
+        """Change guest memory at each (HPA, GPA), as one operation."""
 
 
 class Mmu:
@@ -106,6 +109,7 @@ class Mmu:
         self._frames = frames
         self._context = context
         self._fetch_pages: dict[int, int] = {}
+        self._step_page = 0
         self._fixed_root: int | None = None
         self._fixed: list[tuple[int, int, int]] = []
         self._fixed_pages: dict[int, list[int]] = {}
@@ -115,71 +119,95 @@ class Mmu:
 
     # Fills
 
-    def fill_free(self, engine: Engine, page: int, access: int) -> int:
-        """Answer a fill of the free-running engine."""
-        found = self._translate(engine, page, access)
-        if found is None:
-            return 0
-        translation, leaf = found
-        if not leaf & _NEEDED[access]:
-            self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
-            return 0
-        if access == FETCH:
-            self._fetch_pages[page] = leaf & _LEAF_ADDRESS
-            return leaf & (_LEAF_ADDRESS | X)
-        allowed = R * translation.readable | W * translation.writable
-        return leaf & (_LEAF_ADDRESS | allowed)
+    def fills_of_free(self, engine: FreeRunningEngine) -> Fill:
+        """What answers fills of the free-running engine."""
+        control = engine.live.control
 
-    def fill_step(self, engine: SteppingEngine, page: int, access: int) -> int:
-        """Answer a fill of the stepping engine: fetches come from latched copies, writes are kept track of."""
-        found = self._translate(engine, page, access)
-        if found is None:
-            return 0
-        translation, leaf = found
-        host = leaf & _LEAF_ADDRESS
-        if access == FETCH:
-            if self._frames.at(host).state in (FrameState.DATA, FrameState.WINDOW):
+        def fill(page: int, access: int) -> int:
+            found = self._translate(control(), page, access, engine)
+            if found is None:
+                return 0
+            translation, leaf = found
+            if not leaf & _NEEDED[access]:
                 self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
                 return 0
-            self._fetch_pages[page] = host
-            return engine.latch(host) | X
-        if not leaf & _NEEDED[access]:
-            self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
-            return 0
-        if access == READ:
-            return host | R
-        self.written[page] = (translation.gpa, host)
-        if host not in self.undo:
-            self.undo[host] = self._memory.read(host, PAGE)
-        return host | R | W
+            if access == FETCH:
+                self._fetch_pages[page] = leaf & _LEAF_ADDRESS
+                return leaf & (_LEAF_ADDRESS | X | R * translation.readable)
+            return leaf & (_LEAF_ADDRESS | R * translation.readable | W * translation.writable)
+
+        return fill
+
+    def fills_of_step(self, engine: SteppingEngine) -> Fill:
+        """What answers fills of the stepping engine: fetches come from latched copies, writes are kept track of."""
+        control = engine.live.control
+
+        def fill(page: int, access: int) -> int:
+            if access == FETCH and page != self._step_page and not self._reaches(page):
+                return engine.nothing | X
+            found = self._translate(control(), page, access, engine)
+            if found is None:
+                return 0
+            translation, leaf = found
+            host = leaf & _LEAF_ADDRESS
+            if access == FETCH:
+                if self._frames.at(host).state in _NOT_FETCHED:
+                    self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
+                    return 0
+                self._fetch_pages[page] = host
+                return engine.latch(host) | X
+            if not leaf & _NEEDED[access]:
+                self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
+                return 0
+            if access == READ:
+                return host | R
+            self.written[page] = (translation.gpa, host)
+            if host not in self.undo:
+                self.undo[host] = self._memory.read(host, PAGE)
+            return host | R | W
+
+        return fill
 
     def begin_step(self) -> None:
-        """Forget what earlier steps wrote."""
+        """Forget what earlier steps wrote; the next fills are for the instruction at RIP."""
         self.written = {}
         self.undo = {}
+        self._step_page = self._context.pc & -PAGE
 
-    def _translate(self, engine: Engine, page: int, access: int) -> tuple[Translation, int] | None:
+    def _reaches(self, page: int) -> bool:
+        """Whether the stepped instruction itself lies on a linear page other than the one that it starts on.
+
+        The engine also asks for what comes after it (quirk "early-fetch"), which is none of the guest's doing yet.
+        """
+        pc = self._context.pc
+        length = decode(self.instruction_bytes(pc), bits_of(self._context)).length
+        end = pc + (length or MAX_LENGTH) - 1
+        return page == self._step_page + PAGE and end & -PAGE == page
+
+    def _translate(
+        self, control: tuple[int, int, int, int, bool], page: int, access: int, engine: Engine
+    ) -> tuple[Translation, int] | None:
         """Both stages for a fill; None with ``refusal`` set if the first one does not allow it."""
-        cr0, cr3, cr4, efer, cs, rip = engine.control()
-        mode = self._paging_mode(cr0, cr4, efer)
-        if mode.levels > 3 and not -(1 << 9 * mode.levels + 11) <= _signed(page) < 1 << 9 * mode.levels + 11:
-            self.refusal = NonCanonical(page, access)
-            return None
-        user = cs & 3 == 3 and bool(cr0 & CR0_PE)
-        if not efer & EFER_LMA and cr0 & CR0_PE and engine.rflags() & RFLAGS_VM:
-            user = True
-        fixed = cr3 & _LEAF_ADDRESS == self._fixed_root
+        cr0, cr3, cr4, efer, user = control
+        if self._mode_of != (cr0, cr4, efer):
+            self._select_mode(cr0, cr4, efer)
+        root = cr3 & _LEAF_ADDRESS
+        fixed = root == self._fixed_root
         if fixed:
             known = self._fixed_walks.get((page, access, user))
             if known is not None:
                 return known, self._ept.translate(known.gpa)
+        mode = self._mode
+        if mode.levels > 3 and not is_canonical(page, mode.levels == 5):
+            self.refusal = NonCanonical(page, access)
+            return None
         try:
             translation = walk(self, mode, cr3, page, _ACCESS[access], user=user)
         except PageFault as fault:
-            if user and fault.error_code & 1 and self._is_system_access(engine, page, access, rip):
-                return self._translate_system(mode, cr3, page, access)
-            self.refusal = GuestFault(page, access, fault.error_code)
-            return None
+            if not (user and fault.error_code & 1 and self._is_system_access(engine, page, access)):
+                self.refusal = GuestFault(page, access, fault.error_code)
+                return None
+            return self._translate_system(mode, cr3, page, access)
         except PagingStructureViolation as violation:
             self.refusal = Violation(page, violation.access, violation.gpa, violation.leaf, final=False)
             return None
@@ -187,25 +215,26 @@ class Mmu:
         if fixed:
             self._fixed_walks[page, access, user] = translation
         elif leaf:
-            self._frames.at(leaf).learn(cr3 & _LEAF_ADDRESS, page)
+            self._frames.at(leaf).learn(root, page)
         return translation, leaf
 
-    def _paging_mode(self, cr0: int, cr4: int, efer: int) -> PagingMode:
-        if self._mode_of != (cr0, cr4, efer):
-            self._mode_of = (cr0, cr4, efer)
-            self._mode = PagingMode.of(cr0, cr4, efer)
-            self._fixed_walks.clear()
-        return self._mode
+    def _select_mode(self, cr0: int, cr4: int, efer: int) -> None:
+        self._mode_of = (cr0, cr4, efer)
+        self._mode = PagingMode.of(cr0, cr4, efer)
+        self._fixed_walks.clear()
 
     def current_mode(self) -> PagingMode:
         """The paging mode that the saved state selects."""
         context = self._context
-        return self._paging_mode(context.cr0, context.cr4, context.efer)
+        selected = (context.cr0, context.cr4, context.efer)
+        if self._mode_of != selected:
+            self._select_mode(*selected)
+        return self._mode
 
-    # Accesses to descriptor tables from ring 3 (quirk "descriptor-fill")
+    # Accesses of the processor itself from ring 3 (quirk "descriptor-fill")
 
-    def _is_system_access(self, engine: Engine, page: int, access: int, rip: int) -> bool:
-        """Whether a user-mode access that paging refuses is in truth the processor's own, to GDT, LDT or TSS.
+    def _is_system_access(self, engine: Engine, page: int, access: int) -> bool:
+        """Whether a user-mode access that paging refuses is in truth the processor's own: GDT, LDT, TSS, a new stack.
 
         The engine does not tell the privilege of a fill. The instruction does: it must be one that uses
         descriptors, and none of its own operands may lie on the page.
@@ -213,10 +242,7 @@ class Mmu:
         if access == FETCH:
             return False
         here = Context(engine.handle)
-        areas = [here.gdtr, *((s.base, s.limit) for s in map(here.segment, _SELECTOR_TABLES))]
-        if not any(base < page + PAGE and page <= base + limit for base, limit in areas):
-            return False
-        decoded = self.decode_at(here, rip)
+        decoded = self.decode_at(here, here.rip)
         touched = (operand_address(operand, here) for operand in decoded.operands)
         return decoded.uses_descriptors and not any(address & -PAGE == page for address in touched)
 
@@ -254,7 +280,7 @@ class Mmu:
         if self._writer is None:
             self._memory.write(hpa, data)
         else:
-            self._writer.write(hpa, gpa, data, cause="page walk")
+            self._writer.write([(hpa, gpa, data)], cause="page walk", mmu=self)
 
     @contextmanager
     def structure_access(self, writer: StructureWriter) -> Iterator[None]:
@@ -390,14 +416,10 @@ def operand_address(operand: MemoryOperand, context: Context) -> int:
     return operand.address(context.rip, context.gprs, segment_base)
 
 
-def _signed(address: int) -> int:
-    return address - (1 << 64) if address >> 63 else address
-
-
 class _NoWriter:
     """For walks that set no flags."""
 
-    def write(self, hpa: int, gpa: int, data: bytes, *, cause: str) -> None:
+    def write(self, pieces: list[tuple[int, int, bytes]], *, cause: str, mmu: Mmu | None) -> None:
         raise AssertionError
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from vmm.cpu import binding as b
@@ -56,16 +55,15 @@ class VirtualCpu:
         self.mmu = Mmu(memory, ept, frames, self.context)
         #: Whether the last instruction was stepped, not free-run.
         self.stepped = False
-        self.free.environment = _Environment(platform, self.free, self.mmu.fill_free, exact=False)
-        self.stepping.environment = _Environment(platform, self.stepping, self._fill_step, exact=True)
+        self.free.environment = _Environment(platform, self.free, exact=False)
+        self.free.fill = self.mmu.fills_of_free(self.free)
+        self.stepping.environment = _Environment(platform, self.stepping, exact=True)
+        self.stepping.fill = self.mmu.fills_of_step(self.stepping)
 
     def step(self) -> Stop:
         """Execute one instruction on the stepping engine."""
         self.stepped = True
         return self.stepping.step(self.context)
-
-    def _fill_step(self, _engine: Engine, page: int, access: int) -> int:
-        return self.mmu.fill_step(self.stepping, page, access)
 
     def reset_to(self, boot: BootState) -> None:
         """Load the initial state of a guest."""
@@ -110,16 +108,10 @@ class VirtualCpu:
 class _Environment:
     """Connects one engine to its machine."""
 
-    def __init__(
-        self, platform: Platform, engine: Engine, fill: Callable[[Engine, int, int], int], *, exact: bool
-    ) -> None:
+    def __init__(self, platform: Platform, engine: Engine, *, exact: bool) -> None:
         self._platform = platform
         self._engine = engine
-        self._fill = fill
         self._exact = exact
-
-    def fill(self, page: int, access: int) -> int:
-        return self._fill(self._engine, page, access)
 
     def port_in(self, port: int, size: int) -> int | None:
         return self._platform.port_in(self._engine, port, size, exact=self._exact)

@@ -35,12 +35,15 @@ def require_known_release() -> None:
         )
 
 
-# A second handle on the library already loaded, so that its prototypes are ours alone.
-lib = ctypes.CDLL(_binding.uclib._name)  # noqa: SLF001 - the path of the library that the package chose
+# Two more handles on the library already loaded, so that prototypes are ours alone. Calls that return at once keep
+# Python's lock (giving it up and taking it again costs more than they do); only free running lets other threads in.
+_path = _binding.uclib._name  # noqa: SLF001 - the path of the library that the package chose
+_unlocked = ctypes.CDLL(_path)
+_locked = ctypes.PyDLL(_path)
 
 
-def _prototype(name: str, *arguments: Any) -> Any:
-    function = getattr(lib, name)
+def _prototype(name: str, *arguments: Any, library: ctypes.CDLL = _locked) -> Any:
+    function = getattr(library, name)
     function.argtypes = arguments
     function.restype = _int
     return function
@@ -48,7 +51,8 @@ def _prototype(name: str, *arguments: Any) -> Any:
 
 open_engine = _prototype("uc_open", _int, _int, ctypes.POINTER(_ptr))
 close_engine = _prototype("uc_close", _ptr)
-emu_start = _prototype("uc_emu_start", _ptr, u64, u64, u64, _size)
+emu_start = _prototype("uc_emu_start", _ptr, u64, u64, u64, _size, library=_unlocked)
+emu_step = _prototype("uc_emu_start", _ptr, u64, u64, u64, _size)
 emu_stop = _prototype("uc_emu_stop", _ptr)
 mem_map_ptr = _prototype("uc_mem_map_ptr", _ptr, u64, u64, ctypes.c_uint32, _ptr)
 reg_read = _prototype("uc_reg_read", _ptr, _int, _ptr)
@@ -62,9 +66,9 @@ context_reg_read = _prototype("uc_context_reg_read", _ptr, _int, _ptr)
 context_reg_write = _prototype("uc_context_reg_write", _ptr, _int, _ptr)
 context_size = _prototype("uc_context_size", _ptr)
 context_size.restype = _size
-hook_add = lib.uc_hook_add  # variadic: the last argument is the instruction of UC_HOOK_INSN
+hook_add = _locked.uc_hook_add  # variadic: the last argument is the instruction of UC_HOOK_INSN
 hook_add.restype = _int
-ctl = lib.uc_ctl  # variadic
+ctl = _locked.uc_ctl  # variadic
 ctl.restype = _int
 
 

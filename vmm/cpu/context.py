@@ -23,7 +23,7 @@ CR0_PG: Final = 1 << 31
 EFER_LMA: Final = 1 << 10
 RFLAGS_VM: Final = 1 << 17
 #: The flags that translations depend on: TF, IOPL, RF, VM, AC.
-_EFLAGS_IN_MODE: Final = 0x73100
+EFLAGS_IN_MODE: Final = 0x73100
 _AR_DB: Final = 1 << 14
 _AR_L: Final = 1 << 13
 
@@ -145,6 +145,14 @@ class Context:
     @rflags.setter
     def rflags(self, value: int) -> None:
         self.write(b.REG_RFLAGS, value)
+
+    def settle_flags(self) -> None:
+        """Make RFLAGS whole in a state that was saved in the middle of a block (quirk "lazy-flags").
+
+        There the arithmetic flags and DF are still spread over the engine's lazy fields, and starting from such a
+        state would lose them.
+        """
+        self.rflags = self.rflags
 
     # Control, debug and model-specific registers
 
@@ -290,7 +298,7 @@ class Context:
     @property
     def mode_flags(self) -> int:
         """The engine's digest of CPU mode, which translations depend on."""
-        return self._hflags.value | self._eflags.value & _EFLAGS_IN_MODE
+        return self._hflags.value | self._eflags.value & EFLAGS_IN_MODE
 
     @property
     def mode(self) -> str:

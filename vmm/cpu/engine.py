@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import enum
 import secrets
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from vmm.cpu import binding as b
 from vmm.cpu.context import Context
+from vmm.cpu.live import LiveState
 from vmm.memory import PAGE, GuestMemory
 
 READ: Final = b.ACCESS_READ
@@ -50,9 +52,6 @@ class Stop(enum.Enum):
 class Environment(Protocol):
     """What an engine needs of the machine around it."""
 
-    def fill(self, page: int, access: int) -> int:
-        """Translate a linear page for an access (READ, WRITE, FETCH): host address | permissions, or 0 to refuse."""
-
     def port_in(self, port: int, size: int) -> int | None:
         """The value that IN reads; None to stop before the instruction."""
 
@@ -75,6 +74,8 @@ class Engine:
         assert pointer.value is not None
         self.handle: Final = pointer.value
         self.environment: Environment
+        #: Translates a linear page for an access (READ, WRITE, FETCH): host address | permissions, or 0 to refuse.
+        self.fill: Callable[[int, int], int]
         self.stop: Stop | None = None
         #: What a callback raised; ``run`` and ``step`` raise it after the stop.
         self.failure: BaseException | None = None
@@ -88,9 +89,8 @@ class Engine:
         #: The context that a stop in the middle of a block was saved into, None if the engine itself holds the state.
         self._saved: Context | None = None
         self._context: Context | None = None
-        self._control = (b.u64 * 6)()
-        self._efer = b.Msr(0xC0000080, 0)
-        self._set_up_control_reads()
+        self._scratch = b.u64()
+        self._scratch_at = ctypes.addressof(self._scratch)
         handle = ctypes.c_void_p(self.handle)
         b.check(b.ctl(handle, b.CTL_TLB_VIRTUAL, b.TLB_VIRTUAL), "uc_ctl")
         b.check(b.ctl(handle, b.CTL_USE_EXITS, 1), "uc_ctl")
@@ -99,6 +99,7 @@ class Engine:
             b.check(status, "uc_mem_map_ptr")
         self._hook(b.HOOK_TLB_FILL, b.TlbFill(self._on_fill))
         self._prime()
+        self.live: Final = LiveState(self.handle)
         self._add_hooks()
 
     def __del__(self) -> None:
@@ -126,12 +127,12 @@ class Engine:
         b.ctl(ctypes.c_void_p(self.handle), b.CTL_REMOVE_CACHE, b.u64(start), b.u64(start + size))
         self._window_open = False
 
-    def _start(self, context: Context, count: int) -> int:
+    def _start(self, context: Context, count: int, start: Any) -> None:
         self.stop = None
         self._saved = None
         self._context = context
         context.restore_into(self.handle)
-        status: int = b.emu_start(self.handle, context.rip, 0, 0, count)
+        start(self.handle, context.rip, 0, 0, count)
         if self._saved is None:
             context.save_from(self.handle)
         else:
@@ -140,7 +141,6 @@ class Engine:
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
-        return status
 
     def _stop_before_instruction(self, why: Stop) -> None:
         """Stop a block in its middle, exactly before the instruction whose callback this is (quirk "stop-in-out").
@@ -151,18 +151,13 @@ class Engine:
         """
         assert self._context is not None
         self._context.save_from(self.handle)
+        self._context.settle_flags()
         self._saved = self._context
         self.stop = why
         self.flush_tlb()
         self.ask_to_stop()
 
-    # Control registers, as a fill sees them
-
-    def control(self) -> tuple[int, int, int, int, int, int]:
-        """(CR0, CR3, CR4, EFER, CS, RIP) of the running engine; 1 us."""
-        b.reg_read_batch(self.handle, self._ids_at, self._places_at, 6)
-        cr0, cr3, cr4, cs, rip, _ = self._control
-        return cr0, cr3, cr4, self._efer.value, cs & 0xFFFF, rip
+    # The state of the running guest, for callbacks
 
     @property
     def rip(self) -> int:
@@ -174,23 +169,11 @@ class Engine:
         assert self._context is not None
         return self._context.code_base + rip
 
-    def rflags(self) -> int:
-        """RFLAGS of the running engine."""
-        b.reg_read(self.handle, b.REG_RFLAGS, ctypes.addressof(self._control) + 40)
-        return self._control[5]
-
     def register(self, number: int) -> int:
         """A register of the running engine, by its Unicorn number."""
-        b.reg_read(self.handle, number, ctypes.addressof(self._control) + 40)
-        return self._control[5]
-
-    def _set_up_control_reads(self) -> None:
-        names = (b.REG_CR0, b.REG_CR3, b.REG_CR4, b.REG_CS, b.REG_RIP, b.REG_MSR)
-        self._ids = (ctypes.c_int * 6)(*names)
-        base = ctypes.addressof(self._control)
-        self._places = (ctypes.c_void_p * 6)(*(base + 8 * i for i in range(5)), ctypes.addressof(self._efer))
-        self._ids_at = ctypes.addressof(self._ids)
-        self._places_at = ctypes.addressof(self._places)
+        self._scratch.value = 0
+        b.reg_read(self.handle, number, self._scratch_at)
+        return self._scratch.value
 
     # Hooks
 
@@ -236,7 +219,7 @@ class Engine:
         if self._saved is not None:
             return False
         try:
-            answer = self.environment.fill(page, access)
+            answer = self.fill(page, access)
         except BaseException as failure:  # noqa: BLE001 - ctypes would swallow it; raised after the stop
             self.failure = failure
             return False

@@ -37,7 +37,7 @@ class FreeRunningEngine(Engine):
 
     def run(self, context: Context) -> Stop:
         """Go on from ``context`` until a stop; ``context`` then holds the state at it."""
-        self._start(context, 0)
+        self._start(context, 0, b.emu_start)
         # HLT is the one stop that no callback announces; it leaves RIP behind the instruction.
         return self.stop or Stop.HALT
 

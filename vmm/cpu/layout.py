@@ -11,6 +11,7 @@ Offsets are in bytes from the start of the context buffer.
 from __future__ import annotations
 
 import ctypes
+import io
 from typing import Final
 
 from vmm.cpu import binding as b
@@ -39,6 +40,10 @@ OLD_EXCEPTION: Final = _ENV + 5496
 SEGMENT_ORDER: Final = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr", "gdtr", "idtr")
 
 # hflags: QEMU's digest of the state that translation depends on.
+#: Where ``struct uc_struct`` and ``CPUState`` lead to the live ``CPUX86State``, in the wheel for x86-64 Linux.
+_CPU_POINTER: Final = 440
+_ENV_POINTER: Final = 296
+
 HF_CPL: Final = 3
 HF_INHIBIT_IRQ: Final = 1 << 3
 HF_CS32: Final = 1 << 4
@@ -168,3 +173,27 @@ def _observations(probe: _Probe) -> list[tuple[str, bool]]:
         ("CR2", probe.at(CONTROL + 16) == 0x4321),
     ]
     return seen
+
+
+def live_state(engine: int, context: int) -> int | None:
+    """Where an engine keeps its processor state while it runs; None if that cannot be found for certain.
+
+    ``context`` is a context just saved from the engine. The answer is an address such that the offsets above apply
+    to it. Pointers are followed through a file, so that a wrong one is an error and not a crash, and the place found
+    must hold exactly what the context holds.
+    """
+    try:
+        with open("/proc/self/mem", "rb", buffering=0) as memory:  # noqa: PTH123 - needs no buffering
+            cpu = _pointer(memory, engine + _CPU_POINTER)
+            state = _pointer(memory, cpu + _ENV_POINTER)
+            memory.seek(state)
+            found = memory.read(OLD_EXCEPTION - _ENV)
+    except (OSError, OverflowError, ValueError):
+        return None
+    wanted = ctypes.string_at(context + _ENV, OLD_EXCEPTION - _ENV)
+    return state - _ENV if found == wanted else None
+
+
+def _pointer(memory: io.RawIOBase, address: int) -> int:
+    memory.seek(address)
+    return int.from_bytes(memory.read(8) or b"", "little")

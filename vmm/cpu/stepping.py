@@ -12,6 +12,8 @@ from vmm.cpu.context import Context
 from vmm.cpu.engine import PRIVATE_BASE, PRIVATE_PAGES, Engine, Stop
 from vmm.memory import PAGE, GuestMemory
 
+_HLT_SLOT = PRIVATE_PAGES - 1
+
 
 class SteppingEngine(Engine):
     """Executes one instruction and lists the guest memory that it wrote."""
@@ -24,6 +26,7 @@ class SteppingEngine(Engine):
         self._latched: dict[int, bytes] = {}
         self._next_slot = 0
         super().__init__(memory)
+        self._private.write(_HLT_SLOT * PAGE, b"\xf4" * PAGE)
 
     def _add_hooks(self) -> None:
         super()._add_hooks()
@@ -37,7 +40,7 @@ class SteppingEngine(Engine):
         """
         self.writes.clear()
         self.flush_tlb()
-        self._start(context, 1)
+        self._start(context, 1, b.emu_step)
         return self.stop or Stop.STEPPED
 
     def latch(self, hpa: int) -> int:
@@ -52,9 +55,14 @@ class SteppingEngine(Engine):
             self.forget(PRIVATE_BASE + slot * PAGE, PAGE)
         return PRIVATE_BASE + slot * PAGE
 
+    @property
+    def nothing(self) -> int:
+        """The host address of a page that holds nothing but HLT, for fetches that must not reach the guest."""
+        return PRIVATE_BASE + _HLT_SLOT * PAGE
+
     def _take_slot(self, hpa: int) -> int:
         slot = self._next_slot
-        self._next_slot = (slot + 1) % PRIVATE_PAGES
+        self._next_slot = (slot + 1) % _HLT_SLOT
         for other in [page for page, used in self._slots.items() if used == slot]:
             del self._slots[other]
         self._slots[hpa] = slot

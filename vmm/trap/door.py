@@ -20,6 +20,9 @@ from vmm.translation import Block, BlockCache
 
 _OFFSET: Final = PAGE - 1
 
+#: Bytes to put somewhere: (HPA, GPA, bytes), within one frame.
+Piece = tuple[int, int, bytes]
+
 
 @frozen(slots=True)
 class Change:
@@ -75,13 +78,19 @@ class Door:
             dead += self._blocks.invalidate(change.hpa + start, size, cause)
         return dead
 
-    def write(self, hpa: int, gpa: int, data: bytes, *, cause: str) -> None:
-        """Change guest memory from outside of the guest's instructions; ``data`` lies in one frame."""
-        frame = self._frames.at(hpa)
-        old = self._memory.read(hpa, len(data))
-        self._memory.write(hpa, data)
-        if frame.state not in (FrameState.DATA, FrameState.WINDOW):
-            self.record([Change(hpa, gpa, None, old, data)], rip=None, cause=cause, mmu=None)
+    def write(self, pieces: list[Piece], *, cause: str, mmu: Mmu | None) -> None:
+        """Change guest memory from outside of the guest's instructions, as one operation.
+
+        Each piece is (HPA, GPA, bytes) within one frame. ``mmu`` is the address space that aliases are told of.
+        """
+        changes = []
+        for hpa, gpa, data in pieces:
+            old = self._memory.read(hpa, len(data))
+            self._memory.write(hpa, data)
+            if self.is_guarded(hpa, 1):
+                changes.append(Change(hpa, gpa, None, old, data))
+        if changes:
+            self.record(changes, rip=None, cause=cause, mmu=mmu)
 
     def _modification(
         self, change: Change, dead: list[Block], rip: int | None, cause: str, mmu: Mmu | None
