@@ -285,8 +285,9 @@ class Machine:
 
     def _translated(self, gva: int, size: int) -> None:
         """The engine has translated a block and is about to enter it."""
-        spans, mode_flags, mode = self._spans(gva, size), *self.vcpu.free.live.mode()
-        code = b"".join(self.memory.read(address, length) for address, length in spans)
+        spans = self._spans(gva, size)
+        mode_flags, mode = self.vcpu.free.live.mode()
+        code = b"".join([self.memory.read(address, length) for address, length in spans])
         self.blocks.create(gva, spans, mode_flags, mode, code)
         if self.blocks.overfull:
             self.vcpu.free.ask_to_stop()
@@ -298,6 +299,9 @@ class Machine:
 
     def _spans(self, gva: int, size: int) -> tuple[Span, ...]:
         """Where the bytes of a block lie, by the pages that the engine fetched them from."""
+        first = self.vcpu.mmu.fetch_host(gva)
+        if first is not None and first % PAGE + size <= PAGE:
+            return ((first, size),)
         spans = []
         done = 0
         while done < size:

@@ -180,7 +180,7 @@ class Mmu:
         The engine also asks for what comes after it (quirk "early-fetch"), which is none of the guest's doing yet.
         """
         pc = self._context.pc
-        length = decode(self.instruction_bytes(pc), bits_of(self._context)).length
+        length = decode(self.instruction_bytes(pc), self._context.code_bits).length
         end = pc + (length or MAX_LENGTH) - 1
         return page == self._step_page + PAGE and end & -PAGE == page
 
@@ -222,6 +222,11 @@ class Mmu:
         self._mode_of = (cr0, cr4, efer)
         self._mode = PagingMode.of(cr0, cr4, efer)
         self._fixed_walks.clear()
+
+    @property
+    def pc(self) -> int:
+        """The linear address of the current instruction."""
+        return self._context.pc
 
     def current_mode(self) -> PagingMode:
         """The paging mode that the saved state selects."""
@@ -311,11 +316,13 @@ class Mmu:
 
     def instruction_bytes(self, gva: int) -> bytes:
         """Up to 15 bytes at the linear address of an instruction; short if it runs into an unmapped page."""
+        host = self._fetch_pages.get(gva & -PAGE)
+        if host is not None and gva & PAGE_OFFSET <= PAGE - MAX_LENGTH:
+            return self._memory.read(host | gva & PAGE_OFFSET, MAX_LENGTH)
         out = b""
         while len(out) < MAX_LENGTH:
             at = gva + len(out)
-            host = self._fetch_pages.get(at & -PAGE) if not out else None
-            hpa = host | at & PAGE_OFFSET if host is not None else self.peek(at)
+            hpa = host | at & PAGE_OFFSET if host is not None and not out else self.peek(at)
             if hpa is None:
                 break
             out += self._memory.read(hpa, min(MAX_LENGTH - len(out), PAGE - (at & PAGE_OFFSET)))
@@ -324,7 +331,7 @@ class Mmu:
     def decode_at(self, context: Context, rip: int) -> Decoded:
         """The instruction at RIP of a saved state."""
         base = context.pc - context.rip & 0xFFFF_FFFF_FFFF_FFFF
-        return decode(self.instruction_bytes(base + rip), bits_of(context))
+        return decode(self.instruction_bytes(base + rip), context.code_bits)
 
     def faulting_address(self, page: int, access: int) -> tuple[int, Decoded]:
         """The exact linear address of a refused access of the current instruction, and the instruction.
@@ -333,7 +340,7 @@ class Mmu:
         """
         context = self._context
         pc = context.pc
-        decoded = decode(self.instruction_bytes(pc), bits_of(context))
+        decoded = decode(self.instruction_bytes(pc), context.code_bits)
         if access == FETCH:
             return (pc if pc & -PAGE == page else page), decoded
         wants = "reads" if access == READ else "writes"
@@ -350,7 +357,7 @@ class Mmu:
     def holds_instruction(self, frame: Frame) -> bool:
         """Whether any byte of the current instruction lies in a frame."""
         pc = self._context.pc
-        decoded = decode(self.instruction_bytes(pc), bits_of(self._context))
+        decoded = decode(self.instruction_bytes(pc), self._context.code_bits)
         ends = (pc, pc + max(decoded.length, 1) - 1)
         return any((host := self.peek(gva)) is not None and host & -PAGE == frame.hpa for gva in ends)
 
@@ -398,15 +405,9 @@ class Mmu:
         return known
 
 
-def bits_of(context: Context) -> int:
-    """The width of the code segment: 16, 32 or 64."""
-    mode = context.mode
-    return 64 if mode == "long" else 32 if mode.endswith("32") else 16
-
-
 def operand_address(operand: MemoryOperand, context: Context) -> int:
     """The linear address of a memory operand in a saved state."""
-    flat = context.mode == "long"
+    flat = context.code_bits == 64
 
     def segment_base(index: int) -> int:
         if flat and index < 4:

@@ -306,6 +306,12 @@ class Context:
         return mode_name(self._hflags.value, virtual_8086=self.virtual_8086)
 
     @property
+    def code_bits(self) -> int:
+        """The width of the code segment: 16, 32 or 64."""
+        flags = self._hflags.value
+        return 64 if flags & at.HF_CS64 else 32 if flags & at.HF_CS32 else 16
+
+    @property
     def in_shadow(self) -> bool:
         """Whether the last instruction was STI or loaded SS: no interrupt at this boundary."""
         return bool(self._hflags.value & at.HF_INHIBIT_IRQ)

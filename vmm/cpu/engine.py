@@ -73,6 +73,7 @@ class Engine:
         b.check(b.open_engine(b.ARCH_X86, b.MODE_64, ctypes.byref(pointer)), "uc_open")
         assert pointer.value is not None
         self.handle: Final = pointer.value
+        self._pointer = pointer
         self.environment: Environment
         #: Translates a linear page for an access (READ, WRITE, FETCH): host address | permissions, or 0 to refuse.
         self.fill: Callable[[int, int], int]
@@ -115,7 +116,7 @@ class Engine:
 
     def flush_tlb(self) -> None:
         """Forget all cached translations of addresses (INVEPT and INVVPID of this engine)."""
-        b.ctl(ctypes.c_void_p(self.handle), b.CTL_FLUSH_TLB)
+        b.ctl(self._pointer, b.CTL_FLUSH_TLB)
 
     def forget(self, hpa: int, size: int) -> None:
         """Remove every translated block that overlaps [hpa, hpa + size), whatever its linear address.
@@ -124,7 +125,7 @@ class Engine:
         """
         start = self._window + hpa
         self._window_open = True
-        b.ctl(ctypes.c_void_p(self.handle), b.CTL_REMOVE_CACHE, b.u64(start), b.u64(start + size))
+        b.ctl(self._pointer, b.CTL_REMOVE_CACHE, b.u64(start), b.u64(start + size))
         self._window_open = False
 
     def _start(self, context: Context, count: int, start: Any) -> None:

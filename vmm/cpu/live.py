@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from typing import Final
 
 from vmm.cpu import binding as b
 from vmm.cpu import layout as at
 from vmm.cpu.context import EFLAGS_IN_MODE, EFER_LMA, RFLAGS_VM, mode_name
+
+#: From ``layout.HFLAGS`` on: hflags, CR0, CR3, CR4, EFER in one go.
+_CONTROL: Final = struct.Struct(
+    f"<I{at.CONTROL - at.HFLAGS - 4}xQ16xQQ{at.EFER - at.CONTROL - 40}xQ"
+).unpack_from
+_FLAGS: Final = struct.Struct("<I").unpack_from
 
 
 class LiveState:
@@ -28,10 +35,7 @@ class LiveState:
         #: Whether fields are read in place.
         self.in_place: Final = place is not None
         base = self._copy if place is None else place
-        self._control = (b.u64 * 5).from_address(base + at.CONTROL)
-        self._efer = b.u64.from_address(base + at.EFER)
-        self._hflags = ctypes.c_uint32.from_address(base + at.HFLAGS)
-        self._eflags = ctypes.c_uint32.from_address(base + at.EFLAGS)
+        self._fields = memoryview((ctypes.c_uint8 * at.CONTEXT_SIZE).from_address(base))
 
     def __del__(self) -> None:
         copy = getattr(self, "_copy", None)
@@ -45,13 +49,16 @@ class LiveState:
 
     def control(self) -> tuple[int, int, int, int, bool]:
         """(CR0, CR3, CR4, EFER, whether code runs in ring 3)."""
-        self.refresh()
-        cr0, _, _, cr3, cr4 = self._control
-        return cr0, cr3, cr4, self._efer.value, self._hflags.value & 3 == 3
+        if not self.in_place:
+            self.refresh()
+        hflags, cr0, cr3, cr4, efer = _CONTROL(self._fields, at.HFLAGS)
+        return cr0, cr3, cr4, efer, hflags & 3 == 3
 
     def mode(self) -> tuple[int, str]:
         """The digest of CPU mode that translations depend on, and the mode in words."""
-        self.refresh()
-        hflags, eflags = self._hflags.value, self._eflags.value
-        virtual = not self._efer.value & EFER_LMA and bool(eflags & RFLAGS_VM)
+        if not self.in_place:
+            self.refresh()
+        hflags, _, _, _, efer = _CONTROL(self._fields, at.HFLAGS)
+        (eflags,) = _FLAGS(self._fields, at.EFLAGS)
+        virtual = not efer & EFER_LMA and bool(eflags & RFLAGS_VM)
         return hflags | eflags & EFLAGS_IN_MODE, mode_name(hflags, virtual_8086=virtual)

@@ -28,11 +28,15 @@ class ExtendedPageTables:
     def __init__(self) -> None:
         self._tables: list[list[int]] = [[0] * ENTRIES]
         self._leaves: dict[int, Leaf] = {}
+        #: The tables of the last level by the 2 MiB that they map: a walk's paging-structure cache.
+        self._last_level: dict[int, list[int]] = {}
 
     def translate(self, gpa: int) -> Leaf:
         """Host page address and permissions for the page of ``gpa``; 0 if an entry on the way is not present."""
-        leaf = self._leaves.get(gpa >> 12)
-        return self._walk(gpa) if leaf is None else leaf
+        try:
+            return self._leaves[gpa >> 12]
+        except KeyError:
+            return self._walk(gpa)
 
     def entry(self, gpa: int) -> EptEntry:
         """The decoded leaf entry for ``gpa``; not present if a table on the way is missing."""
@@ -82,12 +86,16 @@ class ExtendedPageTables:
         return leaf
 
     def _leaf_table(self, gpa: int) -> list[int] | None:
+        table = self._last_level.get(gpa >> 21)
+        if table is not None:
+            return table
         table = self._tables[0]
         for shift in (39, 30, 21):
-            raw = table[gpa >> shift & 511]
-            if not raw & PERMISSION_MASK:
+            raw = table[gpa >> shift & ENTRIES - 1]
+            if not raw:
                 return None
             table = self._tables[raw >> 12]
+        self._last_level[gpa >> 21] = table
         return table
 
     def _make_leaf_table(self, gpa: int) -> list[int]:

@@ -39,7 +39,7 @@ class GuestMemory:
 
     def read(self, hpa: int, size: int) -> bytes:
         """``size`` bytes from an HPA."""
-        return bytes(self.bytes[hpa : hpa + size])
+        return self._map[hpa : hpa + size]
 
     def write(self, hpa: int, data: bytes) -> None:
         """Put bytes at an HPA. The caller answers for translations (see ``Machine.invalidate``)."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Final
 
 from attrs import define, field
 
-from vmm.memory import PAGE
+GRANULE_SHIFT: Final = 7
 
 #: A run of bytes in host memory: (address, size). A block has one, or two if it straddles frames.
 Span = tuple[int, int]
@@ -31,11 +32,17 @@ class Block:
     code: bytes
     #: Linear addresses of blocks seen to follow this one; filled by the auditor.
     successors: set[int] = field(factory=set)
+    #: What makes two translations the same.
+    key: Key = field(init=False)
+    #: The granules of host memory that it touches (see ``BlockCache``).
+    granules: tuple[int, ...] = field(init=False)
 
-    @property
-    def key(self) -> Key:
-        """What makes two translations the same."""
-        return self.gva, self.spans[0][0], self.mode_flags
+    def __attrs_post_init__(self) -> None:
+        self.key = (self.gva, self.spans[0][0], self.mode_flags)
+        granules: tuple[int, ...] = ()
+        for address, size in self.spans:
+            granules += granules_of(address, size)
+        self.granules = granules
 
     @property
     def hpa(self) -> int:
@@ -52,14 +59,18 @@ class Block:
         """SHA-256 of the translated bytes, hexadecimal."""
         return hashlib.sha256(self.code).hexdigest()
 
-    @property
-    def frames(self) -> tuple[int, ...]:
-        """Host addresses of the frames that it lies in."""
-        return tuple(address & -PAGE for address, _ in self.spans)
-
     def overlaps(self, address: int, size: int) -> bool:
         """Whether any byte of it lies in [address, address + size)."""
-        return any(start < address + size and address < start + length for start, length in self.spans)
+        for start, length in self.spans:  # noqa: SIM110 - on the way of every trapped write; any() costs twice that
+            if start < address + size and address < start + length:
+                return True
+        return False
+
+
+def granules_of(address: int, size: int) -> tuple[int, ...]:
+    """The granules of 128 bytes that [address, address + size) touches."""
+    first, last = address >> GRANULE_SHIFT, address + size - 1 >> GRANULE_SHIFT
+    return (first,) if first == last else tuple(range(first, last + 1))
 
 
 @define(slots=True)

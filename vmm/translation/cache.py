@@ -13,19 +13,14 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from vmm.errors import OptionError
-from vmm.translation.block import Block, Counters, Key, Span
+from vmm.translation.block import Block, Counters, Key, Span, granules_of
 
-GRANULE_SHIFT: Final = 7
 DEFAULT_CAPACITY: Final = 1 << 16
 
 #: Makes every engine forget the translations that overlap a span.
 Forget = Callable[[int, int], None]
 #: Told of every event: (event, block, cause).
 Observer = Callable[[str, Block, str], None]
-
-
-def _ignore(_event: str, _block: Block, _cause: str) -> None:
-    return
 
 
 class BlockCache:
@@ -39,7 +34,7 @@ class BlockCache:
             raise OptionError(f"a capacity of {capacity} blocks", where="block cache", fix="give 1 or more")
         self.capacity: Final = capacity
         self.counters: Final = Counters()
-        self.observer: Observer = _ignore
+        self.observer: Observer | None = None
         self._forget = forget
         self._blocks: dict[Key, Block] = {}  # in order of creation
         self._granules: dict[int, dict[Key, Block]] = {}
@@ -57,11 +52,13 @@ class BlockCache:
     def overlapping(self, hpa: int, size: int) -> list[Block]:
         """Live blocks with a byte in [hpa, hpa + size), in order of creation."""
         found: dict[Key, Block] = {}
-        for granule in range(hpa >> GRANULE_SHIFT, (hpa + size - 1 >> GRANULE_SHIFT) + 1):
-            for key, block in self._granules.get(granule, {}).items():
-                if block.overlaps(hpa, size):
-                    found[key] = block
-        return sorted(found.values(), key=lambda block: block.number)
+        for granule in granules_of(hpa, size):
+            holders = self._granules.get(granule)
+            if holders:
+                for key, block in holders.items():
+                    if block.overlaps(hpa, size):
+                        found[key] = block
+        return sorted(found.values(), key=_by_number) if len(found) > 1 else list(found.values())
 
     def create(self, gva: int, spans: tuple[Span, ...], mode_flags: int, mode: str, code: bytes) -> Block:
         """Take in a block that an engine has just translated. Call ``trim`` before it goes on."""
@@ -71,9 +68,10 @@ class BlockCache:
         self.counters.created += 1
         block = Block(self.counters.created, gva, spans, mode_flags, mode, code)
         self._blocks[block.key] = block
-        for granule in _granules_of(block):
+        for granule in block.granules:
             self._granules.setdefault(granule, {})[block.key] = block
-        self.observer("created", block, "translated")
+        if self.observer is not None:
+            self.observer("created", block, "translated")
         return block
 
     def invalidate(self, hpa: int, size: int, cause: str) -> list[Block]:
@@ -114,18 +112,18 @@ class BlockCache:
     def _drop(self, dying: list[Block], event: str, cause: str) -> None:
         for block in dying:
             del self._blocks[block.key]
-            for granule in _granules_of(block):
+            for granule in block.granules:
                 holders = self._granules[granule]
                 del holders[block.key]
                 if not holders:
                     del self._granules[granule]
-            self.observer(event, block, cause)
+            if self.observer is not None:
+                self.observer(event, block, cause)
         if event == "invalidated":
             self.counters.invalidated += len(dying)
         else:
             self.counters.evicted += len(dying)
 
 
-def _granules_of(block: Block) -> Iterator[int]:
-    for address, size in block.spans:
-        yield from range(address >> GRANULE_SHIFT, (address + size - 1 >> GRANULE_SHIFT) + 1)
+def _by_number(block: Block) -> int:
+    return block.number

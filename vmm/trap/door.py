@@ -73,6 +73,8 @@ class Door:
 
     def invalidate(self, change: Change, cause: str) -> list[Block]:
         """Drop the blocks that overlap bytes which really changed; identical bytes kill nothing."""
+        if change.old == change.new:
+            return []
         dead: list[Block] = []
         for start, size in changed_runs(change.old, change.new):
             dead += self._blocks.invalidate(change.hpa + start, size, cause)
@@ -112,8 +114,6 @@ class Door:
 
 def changed_runs(old: bytes, new: bytes) -> Iterator[tuple[int, int]]:
     """(start, size) of each run of bytes that differ."""
-    if old == new:
-        return
     start = None
     for index, (before, after) in enumerate(zip(old, new, strict=True)):
         if before != after:

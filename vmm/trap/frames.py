@@ -69,13 +69,15 @@ class FrameControl:
         """Flip a code frame for the length of one instruction: readable, or readable and writable, never X."""
         frame.state = FrameState.STEPPING
         self._protect(frame, permissions)
-        self._verify(frame)
+        if self._check:
+            self._verify(frame)
 
     def close(self, frame: Frame) -> None:
         """Flip it back."""
         frame.state = FrameState.CODE
-        self._protect(frame, self.permissions(frame))
-        self._verify(frame)
+        self._protect(frame, RX if frame.readable else Permission.X)
+        if self._check:
+            self._verify(frame)
 
     def protect(self, frame: Frame, permissions: Permission, gpa: int) -> None:
         """Change what the EPT allows for one GPA of a frame, at the host's wish; a fetch or store exits as ever."""
@@ -90,8 +92,9 @@ class FrameControl:
             self._reporter.emit(FrameEvent(frame.gpas[0], before, after, cause))
 
     def _protect(self, frame: Frame, permissions: Permission) -> None:
+        protect = self._ept.protect
         for gpa in frame.gpas:
-            self._ept.protect(gpa, permissions)
+            protect(gpa, permissions)
 
     def _verify(self, frame: Frame) -> None:
         if self._check:

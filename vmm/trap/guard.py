@@ -82,8 +82,11 @@ class StepGuard:
 
     def _changes(self) -> list[Change]:
         """One change a contiguous run of written guest-physical bytes that touches a code frame."""
+        pieces = self._pieces()
+        if len(pieces) == 1:
+            return [self._change(pieces)] if self._is_code(pieces[0].hpa) else []
         runs: list[list[_Piece]] = []
-        for piece in self._pieces():
+        for piece in pieces:
             last = runs[-1][-1] if runs else None
             if last is not None and (last.gpa + last.size, last.hpa + last.size) == (piece.gpa, piece.hpa):
                 runs[-1].append(piece)
@@ -92,7 +95,8 @@ class StepGuard:
         return [self._change(run) for run in runs if any(self._is_code(piece.hpa) for piece in run)]
 
     def _is_code(self, hpa: int) -> bool:
-        return self.frames.at(hpa).state not in (FrameState.DATA, FrameState.WINDOW)
+        state = self.frames.at(hpa).state
+        return state is not FrameState.DATA and state is not FrameState.WINDOW
 
     def _change(self, run: list[_Piece]) -> Change:
         old = b"".join(self._before(piece) for piece in run)
@@ -122,9 +126,12 @@ class StepGuard:
     def _linear_page(self, hpa: int, size: int) -> int:
         """The linear page that a store used; with two candidates, the one whose next page was written too."""
         frame = hpa & -PAGE
-        candidates = [page for page, (_, host) in self.vcpu.mmu.written.items() if host == frame]
+        written = self.vcpu.mmu.written
+        if len(written) == 1:
+            return next(iter(written))
+        candidates = [page for page, (_, host) in written.items() if host == frame]
         if len(candidates) > 1 and size > PAGE - (hpa & _OFFSET):
-            straddling = [page for page in candidates if page + PAGE in self.vcpu.mmu.written]
+            straddling = [page for page in candidates if page + PAGE in written]
             candidates = straddling or candidates
         return candidates[0]
 

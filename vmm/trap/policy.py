@@ -221,7 +221,7 @@ class Trap:
         offset = address & PAGE - 1 if violation.final else 0
         return self.reporter.exit(
             EptViolation(
-                rip=self.guard.vcpu.context.pc,
+                rip=self.mmu.pc,
                 qualification=qualification.encode(),
                 gpa=violation.gpa + offset,
                 gva=address,
