@@ -8,9 +8,11 @@ from typing import Final
 
 from attrs import frozen
 
+from vmm.cpu.defects import block_is_affected
 from vmm.cpu.events import Event
 from vmm.devices import ConsolePort, DebugExit, PortBus
 from vmm.ept import ExtendedPageTables, Permission
+from vmm.ept.tables import GPA_LIMIT
 from vmm.errors import AuditError, OptionError
 from vmm.exits import BlockEvent, End, FrameEvent, Record
 from vmm.guest import boot
@@ -80,6 +82,7 @@ class Machine:
             self.frames,
             self.blocks,
             flush=self.vcpu.free.flush_tlb,
+            window_closed=lambda frame: self.door.journal_window(frame, self.vcpu.mmu),
             reporter=self.reporter,
             check=self.options.check,
         )
@@ -169,9 +172,7 @@ class Machine:
     def write(self, gpa: int, data: bytes) -> None:
         """Change memory from the host; raises ``OptionError`` where there is none, or it is sealed."""
         places = self._places(gpa, len(data))
-        for hpa, where, _ in places:
-            if self.frames.at(hpa).state is FrameState.SEALED:
-                raise OptionError(f"GPA {where:#x} is sealed", where="write", fix="sealed code never changes")
+        self._refuse_sealed(places, "write")
         pieces = [(hpa, where, data[where - gpa : where - gpa + length]) for hpa, where, length in places]
         self.door.write(pieces, cause="host", mmu=self.vcpu.mmu)
 
@@ -185,12 +186,16 @@ class Machine:
     def protect(self, gpa: int, size: int, access: Permission) -> None:
         """Change what the EPT allows for whole pages until the next change of their frame's state.
 
-        Raises ``OptionError`` for writable and executable together, which no frame ever is.
+        Raises ``OptionError`` for writable and executable together, which no frame ever is, and for sealed frames
+        that are to be writable.
         """
         if access & Permission.W and access & Permission.X:
             raise OptionError(f"access {access}", where="protect", fix="a frame is writable or executable, never both")
-        for hpa, where, _ in self._places(gpa & -PAGE, size + gpa % PAGE):
-            self.control.protect(self.frames.at(hpa), access, where)
+        places = self._places(gpa & -PAGE, size + gpa % PAGE)
+        if access & Permission.W:
+            self._refuse_sealed(places, "protect")
+        for hpa, where, _ in places:
+            self.control.protect(self.frames.at(hpa), access, where & -PAGE)
         self.vcpu.free.flush_tlb()
 
     def seal(self, gpa: int, size: int) -> None:
@@ -205,17 +210,22 @@ class Machine:
         for frame in self.frames:
             verify_frame(self.ept, self.blocks, frame)
 
+    def _refuse_sealed(self, places: list[tuple[int, int, int]], what: str) -> None:
+        for hpa, where, _ in places:
+            if self.frames.at(hpa).state is FrameState.SEALED:
+                raise OptionError(f"GPA {where:#x} is sealed", where=what, fix="sealed code never changes")
+
     def _places(self, gpa: int, size: int) -> list[tuple[int, int, int]]:
         """(HPA, GPA, bytes) page by page; raises ``OptionError`` where nothing is mapped."""
         places = []
         done = 0
         while done < size:
             where = gpa + done
-            leaf = self.ept.translate(where) if where >= 0 else 0
-            if not leaf:
+            entry = self.ept.entry(where) if 0 <= where < GPA_LIMIT else None
+            if entry is None or not entry.mapped:
                 raise OptionError(f"GPA {where:#x} has no memory", where="guest memory", fix="stay inside the guest's RAM")
             length = min(size - done, PAGE - where % PAGE)
-            places.append((leaf & 0x000F_FFFF_FFFF_F000 | where % PAGE, where, length))
+            places.append((entry.address | where % PAGE, where, length))
             done += length
         return places
 
@@ -290,6 +300,9 @@ class Machine:
         code = b"".join([self.memory.read(address, length) for address, length in spans])
         self.blocks.create(gva, spans, mode_flags, mode, code)
         if self.blocks.overfull:
+            self.vcpu.free.ask_to_stop()
+        if block_is_affected(code, 64 if mode == "long" else 32):
+            self.loop.step_over(spans)
             self.vcpu.free.ask_to_stop()
 
     def _entered(self, gva: int, size: int) -> None:

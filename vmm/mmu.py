@@ -15,6 +15,7 @@ from typing import Final, Protocol
 from attrs import frozen
 
 from vmm.cpu.context import Context
+from vmm.cpu.defects import corrected
 from vmm.cpu.engine import FETCH, READ, WRITE, Engine, R, W, X
 from vmm.cpu.free import FreeRunningEngine
 from vmm.cpu.stepping import SteppingEngine
@@ -110,6 +111,8 @@ class Mmu:
         self._context = context
         self._fetch_pages: dict[int, int] = {}
         self._step_page = 0
+        #: Linear page -> what the step fetches there instead of the guest's bytes (see ``vmm.cpu.defects``).
+        self._step_patch: dict[int, tuple[int, bytes]] = {}
         self._fixed_root: int | None = None
         self._fixed: list[tuple[int, int, int]] = []
         self._fixed_pages: dict[int, list[int]] = {}
@@ -155,7 +158,7 @@ class Mmu:
                     self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
                     return 0
                 self._fetch_pages[page] = host
-                return engine.latch(host) | X
+                return engine.latch(host, self._step_patch.get(page) if self._step_patch else None) | X
             if not leaf & _NEEDED[access]:
                 self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
                 return 0
@@ -172,7 +175,14 @@ class Mmu:
         """Forget what earlier steps wrote; the next fills are for the instruction at RIP."""
         self.written = {}
         self.undo = {}
-        self._step_page = self._context.pc & -PAGE
+        pc = self._context.pc
+        self._step_page = pc & -PAGE
+        self._step_patch = {}
+        code = corrected(self.instruction_bytes(pc), self._context.code_bits)
+        if code is not None:
+            room = PAGE - (pc & PAGE_OFFSET)
+            self._step_patch[self._step_page] = (pc & PAGE_OFFSET, code[:room])
+            self._step_patch[self._step_page + PAGE] = (0, code[room:])
 
     def _reaches(self, page: int) -> bool:
         """Whether the stepped instruction itself lies on a linear page other than the one that it starts on.

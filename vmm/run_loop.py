@@ -22,7 +22,7 @@ from vmm.exits import End, ExitReason, Json
 from vmm.memory import PAGE
 from vmm.mmu import GuestFault, NonCanonical, UnmappedStructure, Violation
 from vmm.reporter import Reporter
-from vmm.translation import BlockCache
+from vmm.translation import BlockCache, Span
 from vmm.trap.policy import Trap, UnmappedAccess
 from vmm.vcpu import VirtualCpu
 
@@ -50,6 +50,7 @@ class RunLoop:
     interrupts: deque[int] = field(factory=deque)
     _ending: tuple[str, Json] | None = None
     _interrupted: bool = False
+    _stepped_block: tuple[Span, ...] = ()
 
     def run(self, seconds: float) -> End:
         """Run to the end; ``seconds`` is the wall-clock limit. Raises ``GuestError`` if the VMM has to give up."""
@@ -65,6 +66,7 @@ class RunLoop:
                     self.finish("interrupted", {})
                 if time.monotonic() > deadline:
                     self.finish("time", {"limit": seconds})
+        self.trap.close_windows()
         reason, detail = self._ending
         end = End(reason, self.vcpu.context.rip, detail)
         self.reporter.emit(end)
@@ -115,6 +117,23 @@ class RunLoop:
             self.vcpu.free.flush_tlb()
         return outcome
 
+    def step_over(self, spans: tuple[Span, ...]) -> None:
+        """Have the block that is about to be entered stepped instead of executed freely, each time."""
+        self._stepped_block = spans
+
+    def _step_block(self) -> Stop | Event | None:
+        """Step until the guest leaves a block that the engine would execute wrongly; the block is forgotten."""
+        spans, self._stepped_block = self._stepped_block, ()
+        for address, size in spans:
+            self.blocks.evict(address, size, "engine defect")
+        outcome = None
+        while outcome is None and self._ending is None and not self.reporter.over_budget and not self._interrupted:
+            outcome = self._step()
+            here = self.vcpu.mmu.peek(self.vcpu.context.pc)
+            if here is None or not any(address <= here < address + size for address, size in spans):
+                break
+        return outcome
+
     def _deliver_what_is_due(self) -> None:
         """Inject pending events, then an external interrupt if the guest takes one at this boundary."""
         if self.pending:
@@ -155,6 +174,8 @@ class RunLoop:
                 self._answer(self._step())
             case Stop.ASKED:
                 self.blocks.trim()
+                if self._stepped_block:
+                    self._answer(self._step_block())
 
     def _refused(self) -> None:
         """A TLB fill was refused: by the guest's page tables, or by the EPT."""

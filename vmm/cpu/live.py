@@ -8,7 +8,7 @@ from typing import Final
 
 from vmm.cpu import binding as b
 from vmm.cpu import layout as at
-from vmm.cpu.context import EFLAGS_IN_MODE, EFER_LMA, RFLAGS_VM, mode_name
+from vmm.cpu.context import EFER_LMA, EFLAGS_IN_MODE, RFLAGS_VM, mode_name
 
 #: From ``layout.HFLAGS`` on: hflags, CR0, CR3, CR4, EFER in one go.
 _CONTROL: Final = struct.Struct(

@@ -43,9 +43,15 @@ class SteppingEngine(Engine):
         self._start(context, 1, b.emu_step)
         return self.stop or Stop.STEPPED
 
-    def latch(self, hpa: int) -> int:
-        """The host address of an up-to-date copy of the page at ``hpa``, for fetching from."""
+    def latch(self, hpa: int, patch: tuple[int, bytes] | None = None) -> int:
+        """The host address of an up-to-date copy of the page at ``hpa``, for fetching from.
+
+        ``patch`` replaces bytes of the copy: (offset in the page, bytes).
+        """
         content = self._memory.read(hpa, PAGE)
+        if patch is not None:
+            offset, data = patch
+            content = content[:offset] + data + content[offset + len(data) :]
         slot = self._slots.get(hpa)
         if slot is None:
             slot = self._take_slot(hpa)

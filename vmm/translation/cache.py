@@ -58,7 +58,7 @@ class BlockCache:
                 for key, block in holders.items():
                     if block.overlaps(hpa, size):
                         found[key] = block
-        return sorted(found.values(), key=_by_number) if len(found) > 1 else list(found.values())
+        return sorted(found.values(), key=by_number) if len(found) > 1 else list(found.values())
 
     def create(self, gva: int, spans: tuple[Span, ...], mode_flags: int, mode: str, code: bytes) -> Block:
         """Take in a block that an engine has just translated. Call ``trim`` before it goes on."""
@@ -81,6 +81,11 @@ class BlockCache:
             self._forget(hpa, size)
             self._drop(dying, "invalidated", cause)
         return dying
+
+    def evict(self, hpa: int, size: int, cause: str) -> None:
+        """Drop every block that overlaps bytes which did not change."""
+        self._forget(hpa, size)
+        self._drop(self.overlapping(hpa, size), "evicted", cause)
 
     @property
     def overfull(self) -> bool:
@@ -125,5 +130,6 @@ class BlockCache:
             self.counters.evicted += len(dying)
 
 
-def _by_number(block: Block) -> int:
+def by_number(block: Block) -> int:
+    """Sorts blocks in order of creation."""
     return block.number

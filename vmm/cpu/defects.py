@@ -1,0 +1,42 @@
+"""Instructions that the engine executes wrongly, and the bytes that make it execute them rightly.
+
+SHLD and SHRD by an immediate count address a RIP-relative operand one byte too low (quirk "shld-rip"): the engine
+takes the end of the instruction before it has read the immediate. With a displacement that is one larger they do
+what a processor does. Blocks that contain one are never executed freely; they are stepped, and the stepping engine
+fetches the corrected bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from iced_x86 import Decoder, Instruction, Mnemonic
+
+#: Opcode and ModRM of SHLD and SHRD by an immediate with a RIP-relative operand; the displacement follows.
+_CANDIDATE: Final = re.compile(rb"\x0f[\xa4\xac][\x05\x0d\x15\x1d\x25\x2d\x35\x3d]", re.DOTALL)
+_MNEMONICS: Final = (Mnemonic.SHLD, Mnemonic.SHRD)
+
+
+def block_is_affected(code: bytes, bits: int) -> bool:
+    """Whether a block of guest code contains an instruction that the engine gets wrong."""
+    if bits != 64 or _CANDIDATE.search(code) is None:
+        return False
+    return any(_is_affected(instruction) for instruction in Decoder(64, code, ip=0))
+
+
+def corrected(code: bytes, bits: int) -> bytes | None:
+    """The bytes to fetch instead of the instruction at the start of ``code``; None if it needs no correction."""
+    if bits != 64 or _CANDIDATE.search(code) is None:
+        return None
+    decoder = Decoder(64, code, ip=0)
+    instruction = decoder.decode()
+    if not _is_affected(instruction):
+        return None
+    place = decoder.get_constant_offsets(instruction).displacement_offset
+    displacement = int.from_bytes(code[place : place + 4], "little") + 1 & 0xFFFF_FFFF
+    return code[:place] + displacement.to_bytes(4, "little") + code[place + 4 : instruction.len]
+
+
+def _is_affected(instruction: Instruction) -> bool:
+    return instruction.mnemonic in _MNEMONICS and instruction.is_ip_rel_memory_operand
