@@ -22,13 +22,13 @@ from unicorn.x86_const import UC_X86_REG_RSP
 from vmm.machine import Machine, RunOptions
 
 CODE, DATA, STACK, MEMORY = 0x10000, 0x80000, 0xF0000, 0x100000
-ROUNDS = 5
+ROUNDS = 3
 
 LOOPS = {
     # name: (body of the loop, instructions in it, iterations, least ratio wanted)
-    "compute": ("add rax, rcx; imul rax, rbx; xor rdx, rax; lea rbx, [rax + rdx*2 + 7]; ror rdx, 3", 7, 3_000_000, 0.95),
-    "mixed": ("mov rax, [rdi]; add rax, rcx; mov [rdi + 8], rax; call function; mov [rdi + 16], rdx", 9, 1_000_000, 3.0),
-    "store": ("mov [rdi], rax; mov [rdi + 8], rcx; mov [rdi + 64], rax; mov [rdi + 128], rcx", 6, 1_000_000, 5.0),
+    "compute": ("add rax, rcx; imul rax, rbx; xor rdx, rax; lea rbx, [rax + rdx*2 + 7]; ror rdx, 3", 7, 40_000_000, 0.95),
+    "mixed": ("mov rax, [rdi]; add rax, rcx; mov [rdi + 8], rax; call function; mov [rdi + 16], rdx", 9, 3_000_000, 3.0),
+    "store": ("mov [rdi], rax; mov [rdi + 8], rcx; mov [rdi + 64], rax; mov [rdi + 128], rcx", 6, 2_000_000, 5.0),
 }
 
 

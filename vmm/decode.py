@@ -158,7 +158,8 @@ def _operand(instruction: Instruction, used: object, bits: int) -> MemoryOperand
 def _gpr(register: int) -> int | None:
     if register == Register.NONE:
         return None
-    return _GPR64.get(RegisterExt.full_register(register))
+    # The library types registers as an enumeration but hands out plain integers.
+    return _GPR64.get(RegisterExt.full_register(register))  # type: ignore[arg-type]
 
 
 _PREFIXES: Final = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
@@ -184,7 +185,7 @@ _formatter.space_after_operand_separator = True
 
 def disassemble(code: bytes, address: int, bits: int, *, limit: int) -> list[str]:
     """Up to ``limit`` instructions as Intel-syntax text; bytes that are none show as ``(bad)``."""
-    lines = []
+    lines: list[str] = []
     for instruction in Decoder(bits, code, ip=address):
         if len(lines) == limit:
             break

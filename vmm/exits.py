@@ -64,7 +64,7 @@ class Exit(Record):
 
     @classmethod
     def __attrs_attrs_names__(cls) -> tuple[str, ...]:
-        return tuple(a.name for a in cls.__attrs_attrs__)  # type: ignore[attr-defined]
+        return tuple(a.name for a in cls.__attrs_attrs__)
 
 
 @frozen(slots=True)

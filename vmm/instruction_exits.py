@@ -31,22 +31,30 @@ class InstructionExits:
         self.mmu: Mmu
         self._reporter = reporter
 
+    @property
+    def _wants_boundary(self) -> bool:
+        """Whether the guest has to come out: someone may act on it, or its budget is used up."""
+        return self._reporter.interactive or self._reporter.over_budget
+
     def port_in(self, engine: Engine, port: int, size: int, *, exact: bool) -> int | None:
         """IN."""
-        if not exact and (self._reporter.interactive or self.bus.is_exact(port)):
+        if not exact and (self._wants_boundary or self.bus.is_exact(port)):
             return None
         value = self.bus.read(port, size)
         self._reporter.count(ExitReason.IO_INSTRUCTION)
         if self._reporter.observed:
             self.override = None
             self._report(engine, port, size, value, "in")
-            if self.override is not None:
-                value = self.override & (1 << 8 * size) - 1
+            value = self._answer(value) & (1 << 8 * size) - 1
         return value
+
+    def _answer(self, value: int) -> int:
+        """What a script or handler wants the guest to read, or else what the device said."""
+        return value if self.override is None else self.override
 
     def port_out(self, engine: Engine, port: int, size: int, value: int, *, exact: bool) -> bool:
         """OUT."""
-        if not exact and (self._reporter.interactive or self.bus.is_exact(port)):
+        if not exact and (self._wants_boundary or self.bus.is_exact(port)):
             return False
         self._reporter.count(ExitReason.IO_INSTRUCTION)
         if not self._reporter.observed or self._report(engine, port, size, value, "out") is not True:
@@ -55,7 +63,7 @@ class InstructionExits:
 
     def cpuid(self, engine: Engine, leaf: int, subleaf: int, *, exact: bool) -> bool:
         """CPUID; the processor's own answer stands."""
-        if not exact and self._reporter.interactive:
+        if not exact and self._wants_boundary:
             return False
         self._reporter.count(ExitReason.CPUID)
         if self._reporter.observed:
@@ -64,7 +72,7 @@ class InstructionExits:
 
     def timestamp(self, engine: Engine, *, with_processor_id: bool, exact: bool) -> int | None:
         """RDTSC and RDTSCP read virtual time."""
-        if not exact and self._reporter.interactive:
+        if not exact and self._wants_boundary:
             return None
         self._reporter.count(ExitReason.RDTSCP if with_processor_id else ExitReason.RDTSC)
         now = self._reporter.total * TICKS_PER_EXIT

@@ -87,6 +87,8 @@ class Machine:
             check=self.options.check,
         )
         self.loop: Final = self._make_loop()
+        #: How the run ended, once it has.
+        self.end: End | None = None
         self.auditor: Final = Auditor(self.blocks, self.memory.read)
         self.vcpu.free.on_translate = self._translated
         self.vcpu.free.on_entry = self._entered
@@ -115,7 +117,19 @@ class Machine:
         raises.
         """
         limits = self.guest.manifest.limits
-        return self.loop.run(limits.seconds if self.options.seconds is None else self.options.seconds)
+        seconds = limits.seconds if self.options.seconds is None else self.options.seconds
+        try:
+            self.end = self.loop.run(seconds)
+        except Exception as problem:
+            problem.add_note(self.where())
+            raise
+        return self.end
+
+    def where(self) -> str:
+        """Where the guest is, in a line: address, symbol, mode, ring."""
+        context = self.vcpu.context
+        label = self.guest.image.symbols.label(context.pc)
+        return f"guest at {context.pc:#x}{f' ({label})' if label else ''}, {context.mode} mode, ring {context.cpl}"
 
     def stop(self) -> None:
         """End the run at the next boundary; for handlers and observers."""

@@ -31,6 +31,8 @@ _LEAF_ADDRESS: Final = 0x000F_FFFF_FFFF_F000
 _ACCESS: Final = {READ: Access.READ, WRITE: Access.WRITE, FETCH: Access.FETCH}
 _NEEDED: Final = {READ: R, WRITE: W, FETCH: X}
 _NOT_FETCHED: Final = (FrameState.DATA, FrameState.WINDOW)
+#: How many linear pages are remembered that code was fetched from.
+MAX_FETCH_PAGES: Final = 1 << 16
 #: Answers a fill: (linear page, access) -> host address | permissions, or 0 to refuse.
 Fill = Callable[[int, int], int]
 
@@ -67,7 +69,15 @@ class Violation:
     final: bool
 
 
-Refusal = GuestFault | NonCanonical | Violation
+@frozen(slots=True)
+class Misconfiguration:
+    """An EPT entry on the way has a setting that no processor supports (SDM vol. 3, 28.3.3.1): a VM exit is due."""
+
+    page: int
+    gpa: int
+
+
+Refusal = GuestFault | NonCanonical | Violation | Misconfiguration
 
 
 class PagingStructureViolation(Exception):  # noqa: N818 - a guest-physical fault on its way out of a walk
@@ -131,11 +141,11 @@ class Mmu:
             if found is None:
                 return 0
             translation, leaf = found
-            if not leaf & _NEEDED[access]:
-                self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
+            if not leaf & _NEEDED[access] or leaf & (W | R) == W:
+                self.refusal = self._refusal(page, access, translation.gpa, leaf)
                 return 0
             if access == FETCH:
-                self._fetch_pages[page] = leaf & _LEAF_ADDRESS
+                self._fetched(page, leaf & _LEAF_ADDRESS)
                 return leaf & (_LEAF_ADDRESS | X | R * translation.readable)
             return leaf & (_LEAF_ADDRESS | R * translation.readable | W * translation.writable)
 
@@ -157,10 +167,10 @@ class Mmu:
                 if self._frames.at(host).state in _NOT_FETCHED:
                     self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
                     return 0
-                self._fetch_pages[page] = host
+                self._fetched(page, host)
                 return engine.latch(host, self._step_patch.get(page) if self._step_patch else None) | X
-            if not leaf & _NEEDED[access]:
-                self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
+            if not leaf & _NEEDED[access] or leaf & (W | R) == W:
+                self.refusal = self._refusal(page, access, translation.gpa, leaf)
                 return 0
             if access == READ:
                 return host | R
@@ -171,14 +181,27 @@ class Mmu:
 
         return fill
 
+    def _fetched(self, page: int, host: int) -> None:
+        """Remember where fetches of a page go, within bounds."""
+        if len(self._fetch_pages) >= MAX_FETCH_PAGES:
+            self._fetch_pages.clear()
+        self._fetch_pages[page] = host
+
+    def _refusal(self, page: int, access: int, gpa: int, leaf: int) -> Refusal:
+        """Misconfiguration comes before violation."""
+        if leaf & (W | R) == W:
+            return Misconfiguration(page, gpa)
+        return Violation(page, access, gpa, leaf, final=True)
+
     def begin_step(self) -> None:
         """Forget what earlier steps wrote; the next fills are for the instruction at RIP."""
         self.written = {}
         self.undo = {}
-        pc = self._context.pc
+        context = self._context
+        pc = context.pc
         self._step_page = pc & -PAGE
         self._step_patch = {}
-        code = corrected(self.instruction_bytes(pc), self._context.code_bits)
+        code = corrected(self.instruction_bytes(pc), context.code_bits)
         if code is not None:
             room = PAGE - (pc & PAGE_OFFSET)
             self._step_patch[self._step_page] = (pc & PAGE_OFFSET, code[:room])
@@ -387,9 +410,9 @@ class Mmu:
             return
 
     def fetch_host(self, gva: int) -> int | None:
-        """The host address that instruction fetch at a linear address reaches, if the engine has fetched there."""
+        """The host address that instruction fetch at a linear address reaches."""
         host = self._fetch_pages.get(gva & -PAGE)
-        return None if host is None else host | gva & PAGE_OFFSET
+        return self.peek(gva) if host is None else host | gva & PAGE_OFFSET
 
     def fix_tables(self, root: int, mappings: list[tuple[int, int, int]]) -> None:
         """The address space of ``root`` consists of these (GVA, GPA, bytes), later ones winning, and never changes."""
@@ -400,19 +423,19 @@ class Mmu:
         """All linear addresses of the current address space known to reach a byte of a frame, ascending."""
         root = self._context.cr3 & _LEAF_ADDRESS
         if root == self._fixed_root:
-            return tuple(page + offset for page in self._fixed_aliases(frame))
+            pages = self._fixed_pages.get(frame.hpa) or self._fixed_aliases(frame)
+            return tuple([page + offset for page in pages])
         found = (page + offset for where, page in frame.linear if where == root)
         return tuple(sorted(gva for gva in found if self.peek(gva) == frame.hpa + offset))
 
     def _fixed_aliases(self, frame: Frame) -> list[int]:
-        known = self._fixed_pages.get(frame.hpa)
-        if known is None:
-            pages: set[int] = set()
-            for gpa in frame.gpas:
-                candidates = (gva + gpa - start for gva, start, size in self._fixed if start <= gpa < start + size)
-                pages.update(page for page in candidates if self.peek(page) == frame.hpa)
-            known = self._fixed_pages[frame.hpa] = sorted(pages)
-        return known
+        """The linear pages of a frame in the constant address space, ascending."""
+        pages: set[int] = set()
+        for gpa in frame.gpas:
+            candidates = (gva + gpa - start for gva, start, size in self._fixed if start <= gpa < start + size)
+            pages.update(page for page in candidates if self.peek(page) == frame.hpa)
+        self._fixed_pages[frame.hpa] = sorted(pages)
+        return self._fixed_pages[frame.hpa]
 
 
 def operand_address(operand: MemoryOperand, context: Context) -> int:
@@ -424,7 +447,7 @@ def operand_address(operand: MemoryOperand, context: Context) -> int:
             return 0
         return context.segment_base(index)
 
-    return operand.address(context.rip, context.gprs, segment_base)
+    return operand.address(context.rip, list(context.gprs), segment_base)
 
 
 class _NoWriter:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
 
-from vmm.exits import End, Json
-from vmm.guest.manifest import Manifest
+if TYPE_CHECKING:
+    from vmm.exits import End
+    from vmm.guest.manifest import Manifest
 
 
 class Status(enum.IntEnum):
@@ -27,10 +28,24 @@ class Status(enum.IntEnum):
 #: Ends that are the death of a guest.
 DEATHS: Final = frozenset({"triple fault", "exits", "time", "unmapped memory"})
 
+_WORDS: Final = {
+    "port": "{value:#x} written to port {port:#x}",
+    "halt": "HLT at {rip:#x}, with no interrupt to come",
+    "triple fault": "triple fault at {rip:#x}, while vector {vector} was delivered",
+    "unmapped memory": "the instruction at {rip:#x} reached for GPA {gpa:#x}, where there is no memory",
+    "exits": "the budget of {limit:,} exits was used up at {rip:#x}",
+    "time": "the time limit of {limit:g} s was reached at {rip:#x}",
+    "error": "{error} at {rip:#x}",
+}
+_ADVICE: Final = {
+    "exits": "; if it needs more, raise [limits].exits in its manifest",
+    "time": "; if it needs more, raise [limits].seconds in its manifest, or give --seconds",
+}
+
 
 @frozen(slots=True)
 class Outcome:
-    """``what`` is one sentence about the end; ``complaint`` says why it is not a good one, None if it is."""
+    """``what`` is the end in words; ``complaint`` says why it is not a good one, None if it is."""
 
     status: Status
     what: str
@@ -43,61 +58,32 @@ def judge(manifest: Manifest, end: End) -> Outcome:
     A run that a script or a handler stopped ended as it should: whoever stops it has the say.
     """
     what = describe(end)
-    match end.reason:
-        case "port":
-            return _by_port(manifest, end.detail, what)
-        case "halt" if manifest.end.halt:
-            return Outcome(Status.OK, what)
-        case "stopped":
-            return Outcome(Status.OK, what)
-        case "interrupted":
-            return Outcome(Status.INTERRUPTED, what, "the run was interrupted before the guest had ended")
-        case reason if reason in DEATHS:
-            return Outcome(Status.DIED, what, f"the guest died: {what}{_advice(reason)}")
-        case "error":
-            return Outcome(Status.WRONG, what, f"the VMM gave up: {end.detail.get('what')}")
-    return Outcome(Status.WRONG, what, f"the guest ended with {what}, and its manifest wants {_wanted(manifest)}")
+    if end.reason in DEATHS:
+        return Outcome(Status.DIED, what, f"the guest died: {what}{_ADVICE.get(end.reason, '')}")
+    if end.reason == "interrupted":
+        return Outcome(Status.INTERRUPTED, what, "interrupted before the guest had ended")
+    if end.reason == "error":
+        return Outcome(Status.WRONG, what, f"{end.detail['error']}: {end.detail['what']}")
+    if end.reason == "stopped" or _is_wanted(manifest, end):
+        return Outcome(Status.OK, what)
+    return Outcome(Status.WRONG, what, f"the guest ended by {what}; its manifest wants {_wanted(manifest)}")
 
 
 def describe(end: End) -> str:
     """The end of a run in words, without a judgement."""
-    detail = end.detail
-    match end.reason:
-        case "port":
-            return f"{detail['value']:#x} written to port {detail['port']:#x}"
-        case "halt":
-            return f"HLT at {end.rip - 1:#x} with no interrupt to come"
-        case "triple fault":
-            return f"triple fault at {end.rip:#x}, while vector {detail['vector']} was delivered"
-        case "unmapped memory":
-            where = f"GPA {detail['gpa']:#x}"
-            return f"access to {where}, where there is no memory, by the instruction at {end.rip:#x}"
-        case "exits":
-            return f"the budget of {detail['limit']:,} exits was used up at {end.rip:#x}"
-        case "time":
-            return f"the time limit of {detail['limit']:g} s was reached at {end.rip:#x}"
-        case "error":
-            return f"{detail.get('error', 'error')} at {end.rip:#x}"
-    return f"{end.reason} at {end.rip:#x}"
+    words = _WORDS.get(end.reason, f"{end.reason} at {{rip:#x}}")
+    rip = end.rip - 1 if end.reason == "halt" else end.rip
+    return words.format(rip=rip, **end.detail)
 
 
-def _by_port(manifest: Manifest, detail: Json, what: str) -> Outcome:
-    wanted = manifest.end.value
-    if wanted is None or detail["value"] == wanted:
-        return Outcome(Status.OK, what)
-    return Outcome(Status.WRONG, what, f"the guest ended with {what}, and its manifest wants {wanted:#x}")
+def _is_wanted(manifest: Manifest, end: End) -> bool:
+    if end.reason == "halt":
+        return manifest.end.halt
+    return end.reason == "port" and manifest.end.value in (None, end.detail["value"])
 
 
 def _wanted(manifest: Manifest) -> str:
     port, value = manifest.end.port, manifest.end.value
-    ways = []
-    if port is not None:
-        ways.append(f"{'a byte' if value is None else hex(value)} on port {port:#x}")
-    if manifest.end.halt:
-        ways.append("HLT")
-    return " or ".join(ways) or "no end at all"
-
-
-def _advice(reason: str) -> str:
-    key = {"exits": "exits", "time": "seconds"}.get(reason)
-    return f"; if it needs more, raise [limits].{key} in its manifest" if key else ""
+    byte = "a byte" if value is None else f"{value:#x}"
+    ways = [f"{byte} written to port {port:#x}"] if port is not None else []
+    return " or ".join(ways + ["HLT"] * manifest.end.halt) or "no end at all"

@@ -25,7 +25,8 @@ class Reporter:
         #: Whether observers or handlers may act on the guest, so that exits must be at exact boundaries.
         self.interactive = False
         self._total = 0
-        self._limit = limit
+        #: Exits that the guest may take.
+        self.limit = limit
         self._observers: list[Observer] = []
         self._handlers: dict[type[Exit], list[Handler[Any]]] = {}
 
@@ -53,7 +54,7 @@ class Reporter:
     @property
     def over_budget(self) -> bool:
         """Whether the guest has used up its exits."""
-        return self._total > self._limit
+        return self._total > self.limit
 
     def emit(self, record: Record) -> None:
         """Show a record to the observers."""
@@ -64,8 +65,9 @@ class Reporter:
         """Show an exit to the observers, then to its handlers; what the first handler decides."""
         for observer in self._observers:
             observer(record)
-        for handler in self._handlers.get(type(record), ()):
-            decision = handler(record)
-            if decision is not None and decision is not False:
-                return decision
+        if self._handlers:
+            for handler in self._handlers.get(type(record), ()):
+                decision = handler(record)
+                if decision is not None and decision is not False:
+                    return decision
         return None

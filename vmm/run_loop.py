@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +13,14 @@ from attrs import define, field
 from vmm import exits
 from vmm.cpu import layout
 from vmm.cpu.delivery import TripleFault, deliver
-from vmm.cpu.engine import FETCH, Stop
+from vmm.cpu.engine import FETCH, READ, Stop
 from vmm.cpu.events import Event, EventType, Vector
 from vmm.cpu.state import LinearMemory
 from vmm.cpu.syscall import syscall
 from vmm.exits import End, ExitReason, Json
 from vmm.memory import PAGE
-from vmm.mmu import GuestFault, NonCanonical, UnmappedStructure, Violation
+from vmm.mmu import GuestFault, Misconfiguration, NonCanonical, UnmappedStructure, Violation
+from vmm.paging.access import ErrorCode
 from vmm.reporter import Reporter
 from vmm.translation import BlockCache, Span
 from vmm.trap.policy import Trap, UnmappedAccess
@@ -50,23 +50,18 @@ class RunLoop:
     interrupts: deque[int] = field(factory=deque)
     _ending: tuple[str, Json] | None = None
     _interrupted: bool = False
+    _time_is_up: bool = False
     _stepped_block: tuple[Span, ...] = ()
 
     def run(self, seconds: float) -> End:
         """Run to the end; ``seconds`` is the wall-clock limit. Raises ``GuestError`` if the VMM has to give up."""
-        deadline = time.monotonic() + seconds
         with self._watchdog(seconds):
             while self._ending is None:
                 self._deliver_what_is_due()
                 if self._ending is None:
                     self._answer(self._enter())
-                if self.reporter.over_budget:
-                    self.finish("exits", {"limit": self.reporter.total - 1})
-                if self._interrupted:
-                    self.finish("interrupted", {})
-                if time.monotonic() > deadline:
-                    self.finish("time", {"limit": seconds})
-        self.trap.close_windows()
+                if self._must_stop:
+                    self._give_up(seconds)
         reason, detail = self._ending
         end = End(reason, self.vcpu.context.rip, detail)
         self.reporter.emit(end)
@@ -82,10 +77,27 @@ class RunLoop:
         self._interrupted = True
         self.vcpu.free.ask_to_stop()
 
+    @property
+    def _must_stop(self) -> bool:
+        """Whether a limit is reached or somebody has broken in."""
+        return self._time_is_up or self._interrupted or self.reporter.over_budget
+
+    def _give_up(self, seconds: float) -> None:
+        if self._interrupted:
+            self.finish("interrupted", {})
+        elif self._time_is_up:
+            self.finish("time", {"limit": seconds})
+        else:
+            self.finish("exits", {"limit": self.reporter.limit})
+
+    def _end_of_time(self) -> None:
+        self._time_is_up = True
+        self.vcpu.free.ask_to_stop()
+
     @contextmanager
     def _watchdog(self, seconds: float) -> Iterator[None]:
-        """Break into a guest that loops without an exit when its time is over."""
-        timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), self.vcpu.free.ask_to_stop)
+        """Break into the guest when its time is over, even if it loops without an exit."""
+        timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), self._end_of_time)
         timer.daemon = True
         timer.start()
         try:
@@ -127,7 +139,7 @@ class RunLoop:
         for address, size in spans:
             self.blocks.evict(address, size, "engine defect")
         outcome = None
-        while outcome is None and self._ending is None and not self.reporter.over_budget and not self._interrupted:
+        while outcome is None and self._ending is None and not self._must_stop:
             outcome = self._step()
             here = self.vcpu.mmu.peek(self.vcpu.context.pc)
             if here is None or not any(address <= here < address + size for address, size in spans):
@@ -184,8 +196,7 @@ class RunLoop:
             case GuestFault() if self._is_early(refusal.page, refusal.access):
                 self._answer(self._step())
             case GuestFault():
-                address, _ = mmu.faulting_address(refusal.page, refusal.access)
-                self._raise(Event(Vector.PF, EventType.HARDWARE_EXCEPTION, refusal.error_code, cr2=address))
+                self._raise(self._page_fault(refusal))
             case NonCanonical():
                 stack = refusal.access != FETCH and mmu.on_stack(refusal.page)
                 vector = Vector.SS if stack else Vector.GP
@@ -195,8 +206,18 @@ class RunLoop:
                     self._answer(self.trap.answer(refusal))
                 except UnmappedAccess as problem:
                     self._unmapped(problem.violation)
+            case Misconfiguration():
+                self._misconfigured(refusal)
             case None:
                 raise AssertionError("a fill was refused without a reason")
+
+    def _page_fault(self, refusal: GuestFault) -> Event:
+        """The #PF that is due; the engine loads before it stores, but a read-modify-write is a write."""
+        mmu, error_code = self.vcpu.mmu, refusal.error_code
+        address, decoded = mmu.faulting_address(refusal.page, refusal.access)
+        if refusal.access == READ and decoded.modifies(address, mmu.operand_address):
+            error_code |= ErrorCode.WRITE
+        return Event(Vector.PF, EventType.HARDWARE_EXCEPTION, error_code, cr2=address)
 
     def _is_early(self, page: int, access: int) -> bool:
         """Whether a fetch fault may come too early (quirk "early-fetch").
@@ -282,6 +303,17 @@ class RunLoop:
         wakes = self.pending or (self.interrupts and context.rflags & _RFLAGS_IF)
         if not wakes:
             self.finish("halt", {})
+
+    def _misconfigured(self, refusal: Misconfiguration) -> None:
+        """The host has set up the EPT wrongly; only a handler can mend that."""
+        self.reporter.count(ExitReason.EPT_MISCONFIGURATION)
+        decision: Event | bool | None = None
+        if self.reporter.observed:
+            decision = self.reporter.exit(exits.EptMisconfiguration(rip=self.vcpu.context.pc, gpa=refusal.gpa))
+        if isinstance(decision, Event):
+            self._deliver(decision)
+        elif decision is None:
+            self.finish("EPT misconfiguration", {"gpa": refusal.gpa})
 
     def _unmapped(self, violation: Violation) -> None:
         self.finish("unmapped memory", {"gpa": violation.gpa, "gva": violation.page})

@@ -1,9 +1,8 @@
-"""Scripts at work on a machine: every record is held against the script, and what the script wants is done."""
+"""Scripts at work: every record of a run is held against a script, and what the script wants is done."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from vmm.cpu.events import Event, EventType, Vector
@@ -15,6 +14,8 @@ from vmm.trace.matcher import Matcher, Verdict
 from vmm.trace.syntax import AnyOrder, Either, Expect, Node, Repeat, Section
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vmm.machine import Machine
     from vmm.trace.script import Script
 
@@ -44,10 +45,9 @@ class MachineActions:
     def begin(self, record: Record) -> None:
         """The actions that follow belong to this record."""
         self._record = record
-        self._instead = None
 
     def inject(self, vector: int, error_code: int | None) -> None:
-        """Deliver an event at the next VM entry: an exception below 32 (2 is NMI), else an external interrupt."""
+        """Deliver an event at the next VM entry: below 32 an exception or NMI, else an external interrupt."""
         event = _event(vector, error_code)
         if isinstance(self._record, _BEFORE_INSTRUCTION):
             self._instead = event

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
 
 from vmm.errors import OptionError
-from vmm.exits import End, Json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vmm.exits import End, Json
     from vmm.machine import Machine
 
 SCHEMA: Final = "vmm-state/1"
@@ -30,10 +31,13 @@ class MemoryRange:
 
     @classmethod
     def parse(cls, text: str, *, memory: int) -> MemoryRange:
-        """From ``GPA:LENGTH``, decimal or 0x; raises ``OptionError`` unless it lies in ``memory`` bytes of RAM."""
+        """From ``GPA:LENGTH``, decimal or 0x.
+
+        Raises ``OptionError`` unless it lies in ``memory`` bytes of RAM.
+        """
         found = _RANGE.fullmatch(text)
         if found is None:
-            what = f"{ascii(text[:60])} is not GPA:LENGTH"
+            what = f"{text[:60]!a} is not GPA:LENGTH"
             raise OptionError(what, where="--hash", fix="write two numbers, like 0x10000:4096")
         gpa, length = (int(part, 16 if part[:2] in ("0x", "0X") else 10) for part in found.groups())
         if not length:

@@ -26,7 +26,10 @@ _KERNEL_CS = 0x08
 _ENCODED: Final = (
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 )  # fmt: skip
-_CONTEXT_SWITCHED = frozenset(GPRS) | {"rip", "rflags", "fs_base", "gs_base"}
+#: IN, OUT, INS, OUTS, CLI, STI, HLT.
+_PORT_OPCODES: Final = frozenset(b"\xe4\xe5\xe6\xe7\xec\xed\xee\xef\x6c\x6d\x6e\x6f\xfa\xfb\xf4")
+_PREFIXES: Final = bytes([*range(0x40, 0x50), 0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3])
+_CONTEXT_SWITCHED: Final = frozenset(GPRS) | {"rip", "rflags", "fs_base", "gs_base"}
 
 
 class Unjudgeable(Exception):  # noqa: N818 - what the program is to this judge
@@ -80,6 +83,8 @@ class _Run:
                 return self._outcome(trap.registers["rax"] & 0xFF, rip_after=2)
             if trap.vector == _GP and self._privileged(code, trap):
                 continue
+            if trap.vector == _GP and set(_opcode(code)) & _PORT_OPCODES:
+                raise Unjudgeable("port I/O, which the process may not do")
             fault = self._fault(trap, code)
             self.faults.append(fault)
             if self.program.idt is None:
@@ -125,6 +130,8 @@ class _Run:
         vector, error, rip = trap.vector, trap.error_code, trap.registers["rip"]
         if vector == _PF and self.cpl == 0:
             error &= ~4
+        if vector == _PF and trap.address >> 47:
+            error &= ~1  # Linux says "present" of every address of the kernel's half
         if vector == _GP and code[0] == 0xCD:
             error = (code[1] << 3) | 2
         if vector == _BP:
@@ -205,6 +212,11 @@ class _Run:
             place = self._physical(linear + index)
             assert place is not None
             os.pwrite(self.ram, bytes([byte]), place)
+
+
+def _opcode(code: bytes) -> bytes:
+    """The first byte after the prefixes, if there is one."""
+    return code.lstrip(_PREFIXES)[:1]
 
 
 def _fpu_image(given: dict[str, int]) -> bytes:

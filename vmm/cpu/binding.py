@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Final
 
-import unicorn
+from importlib.metadata import version
+
 from unicorn import unicorn_const as uc
 from unicorn import x86_const as x86
 from unicorn.unicorn_py3 import unicorn as _binding
@@ -28,9 +29,10 @@ _size = ctypes.c_size_t
 
 def require_known_release() -> None:
     """Raise ``EngineError`` unless the installed Unicorn is the release that the VMM was measured on."""
-    if unicorn.__version__ != KNOWN_RELEASE:
+    release = version("unicorn")
+    if release != KNOWN_RELEASE:
         raise EngineError(
-            f"Unicorn {unicorn.__version__} is installed, but the VMM relies on behaviour and on a context layout "
+            f"Unicorn {release} is installed, but the VMM relies on behaviour and on a context layout "
             f"that are only known of {KNOWN_RELEASE}; run: pip install unicorn=={KNOWN_RELEASE}"
         )
 

@@ -102,13 +102,13 @@ class Context:
     @property
     def pc(self) -> int:
         """The linear address of the next instruction: CS base + RIP."""
-        base = self._segments[1].base
+        base: int = self._segments[1].base
         return self._rip.value if not base else base + self._rip.value & 0xFFFF_FFFF
 
     @property
     def code_base(self) -> int:
         """Base of the code segment (0 in 64-bit mode)."""
-        return self._segments[1].base
+        return self.segment_base(1)
 
     @property
     def rsp(self) -> int:
@@ -252,7 +252,8 @@ class Context:
 
     def segment_base(self, index: int) -> int:
         """Base of ES, CS, SS, DS, FS or GS, by its number in instruction encodings (0 to 5)."""
-        return self._segments[index].base
+        base: int = self._segments[index].base
+        return base
 
     def segment(self, name: SegmentName) -> Segment:
         """The segment register with its hidden part."""

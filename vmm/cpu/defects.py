@@ -9,6 +9,7 @@ fetches the corrected bytes.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final
 
 from iced_x86 import Decoder, Instruction, Mnemonic
@@ -25,6 +26,7 @@ def block_is_affected(code: bytes, bits: int) -> bool:
     return any(_is_affected(instruction) for instruction in Decoder(64, code, ip=0))
 
 
+@lru_cache(maxsize=65536)
 def corrected(code: bytes, bits: int) -> bytes | None:
     """The bytes to fetch instead of the instruction at the start of ``code``; None if it needs no correction."""
     if bits != 64 or _CANDIDATE.search(code) is None:

@@ -132,16 +132,22 @@ class Engine:
         self.stop = None
         self._saved = None
         self._context = context
-        context.restore_into(self.handle)
-        start(self.handle, context.rip, 0, 0, count)
-        if self._saved is None:
-            context.save_from(self.handle)
-        else:
+        handle, pointer = self.handle, context.pointer
+        b.context_restore(handle, pointer)
+        start(handle, context.rip, 0, 0, count)
+        if self.stopped_inside_block:
             self.flush_tlb()
+        else:
+            b.context_save(handle, pointer)
         context.forget_exception()
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
+
+    @property
+    def stopped_inside_block(self) -> bool:
+        """Whether the last run was stopped before an instruction in the middle of a block."""
+        return self._saved is not None
 
     def _stop_before_instruction(self, why: Stop) -> None:
         """Stop a block in its middle, exactly before the instruction whose callback this is (quirk "stop-in-out").

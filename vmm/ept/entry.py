@@ -63,6 +63,11 @@ class EptEntry:
         return self.address | self.memory_type << MEMORY_TYPE_SHIFT | int(self.permissions)
 
     @property
+    def mapped(self) -> bool:
+        """Whether it leads to a host page, even if it allows nothing at the moment."""
+        return bool(self.address or self.memory_type)
+
+    @property
     def present(self) -> bool:
         """Whether any of R, W, X is set (SDM vol. 3, 28.3.2)."""
         return bool(self.permissions)

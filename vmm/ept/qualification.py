@@ -16,6 +16,8 @@ bit     meaning
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from attrs import frozen
 
 from vmm.ept.entry import Permission
@@ -59,3 +61,9 @@ class Qualification:
         kinds = [name for name in ("read", "write", "fetch") if getattr(self, name)]
         where = "" if self.final else " of a paging structure"
         return f"{'+'.join(kinds) or 'no access'}{where} where the EPT allows {self.allowed}"
+
+
+@lru_cache(maxsize=128)
+def encode(*, read: bool, write: bool, fetch: bool, allowed: int, final: bool) -> int:
+    """The exit-qualification field of an access with a linear address; remembered, since exits are many."""
+    return Qualification(read, write, fetch, Permission(allowed), final=final).encode()

@@ -8,7 +8,7 @@ state        loads, stores        fetch         leaves it on
 ===========  ===================  ============  =========================================================
 data         RW-                  no            first fetch: code
 code         --- or R-- (policy)  X             store: stepping, or window (policy); read: stepping, or R--
-stepping     RW- or R--           latched copy  the end of the one instruction: code
+stepping     RW- or R--           latched copy  the end of the one instruction: what it was before
 window       RW-                  no            next fetch: code
 sealed       --- or R--           X             never; a store is refused
 ===========  ===================  ============  =========================================================
@@ -43,6 +43,8 @@ class Frame:
 
     hpa: int
     state: FrameState = FrameState.DATA
+    #: While the state is "stepping": the state to go back to.
+    resting: FrameState = FrameState.DATA
     gpas: list[int] = field(factory=list)
     linear: dict[tuple[int, int], None] = field(factory=dict)
     #: Contents when the window was opened.

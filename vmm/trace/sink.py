@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
 
+from vmm.errors import ImageError
 from vmm.exits import BlockEvent, Exit, FrameEvent, Injection, IoInstruction, Json, Modification, Record
+from vmm.guest.files import read_file
+from vmm.guest.image import ELF_FILE_LIMIT
 
 if TYPE_CHECKING:
     from vmm.guest.loader import Guest
@@ -56,13 +59,13 @@ class Output(Protocol):
 
 
 def header(guest: Guest) -> Json:
-    """The object of a trace's first line; ``image`` is the SHA-256 of the image file, hexadecimal."""
-    with guest.manifest.image.file.open("rb") as image:
-        digest = hashlib.file_digest(image, "sha256").hexdigest()
+    """The object of a trace's first line; ``image`` is the SHA-256 of the image file."""
+    fix = "leave the image in its place"
+    image = read_file(guest.manifest.image.file, ELF_FILE_LIMIT, error=ImageError, fix=fix)
     return {
         "schema": SCHEMA,
         "guest": guest.name,
-        "image": digest,
+        "image": hashlib.sha256(image).hexdigest(),
         "memory": guest.manifest.machine.memory,
         "policy": attrs.asdict(guest.manifest.policy),
     }

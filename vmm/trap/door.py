@@ -6,7 +6,6 @@ through here, so that exactly the translations of the changed bytes die and ever
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Final
 
 from attrs import frozen
@@ -17,6 +16,7 @@ from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.mmu import Mmu
 from vmm.reporter import Reporter
 from vmm.translation import Block, BlockCache
+from vmm.translation.cache import by_number
 
 _OFFSET: Final = PAGE - 1
 
@@ -33,6 +33,10 @@ class Change:
     gva: int | None
     old: bytes
     new: bytes
+
+
+#: A change with the number of its instruction and the blocks that died of it.
+Entry = tuple[int, Change, list[Block]]
 
 
 class Door:
@@ -64,12 +68,21 @@ class Door:
 
     def record(self, changes: list[Change], *, rip: int | None, cause: str, mmu: Mmu | None) -> None:
         """Journal changes that have just been made by one instruction or one host operation."""
+        self.publish(self.commit(changes, cause), rip=rip, cause=cause, mmu=mmu)
+
+    def commit(self, changes: list[Change], cause: str) -> list[Entry]:
+        """Drop what was translated from the changed bytes: before anybody hears of the changes."""
+        if not changes:
+            return []
         self.instruction += 1
-        for change in changes:
-            self.modifications += 1
-            dead = self.invalidate(change, cause)
-            if self._reporter.observed:
-                self._reporter.emit(self._modification(change, dead, rip, cause, mmu))
+        self.modifications += len(changes)
+        return [(self.instruction, change, self.invalidate(change, cause)) for change in changes]
+
+    def publish(self, entries: list[Entry], *, rip: int | None, cause: str, mmu: Mmu | None) -> None:
+        """Show committed changes to whoever watches."""
+        if self._reporter.observed:
+            for number, change, dead in entries:
+                self._reporter.emit(self._modification(number, change, dead, rip, cause, mmu))
 
     def invalidate(self, change: Change, cause: str) -> list[Block]:
         """Drop the blocks that overlap bytes which really changed; identical bytes kill nothing."""
@@ -78,7 +91,7 @@ class Door:
         dead: list[Block] = []
         for start, size in changed_runs(change.old, change.new):
             dead += self._blocks.invalidate(change.hpa + start, size, cause)
-        return dead
+        return sorted(dead, key=by_number)
 
     def write(self, pieces: list[Piece], *, cause: str, mmu: Mmu | None) -> None:
         """Change guest memory from outside of the guest's instructions, as one operation.
@@ -91,11 +104,22 @@ class Door:
             self._memory.write(hpa, data)
             if self.is_guarded(hpa, 1):
                 changes.append(Change(hpa, gpa, None, old, data))
-        if changes:
-            self.record(changes, rip=None, cause=cause, mmu=mmu)
+        self.record(changes, rip=None, cause=cause, mmu=mmu)
+
+    def journal_window(self, frame: Frame, mmu: Mmu | None) -> None:
+        """Journal what has changed in a frame since it became a window."""
+        before, frame.before = frame.before, b""
+        after = self._memory.read(frame.hpa, PAGE)
+        changes = [
+            Change(
+                frame.hpa + start, frame.gpas[0] + start, None, before[start : start + size], after[start : start + size]
+            )
+            for start, size in changed_runs(before, after)
+        ]
+        self.record(changes, rip=None, cause="window", mmu=mmu)
 
     def _modification(
-        self, change: Change, dead: list[Block], rip: int | None, cause: str, mmu: Mmu | None
+        self, number: int, change: Change, dead: list[Block], rip: int | None, cause: str, mmu: Mmu | None
     ) -> Modification:
         frame: Frame = self._frames.at(change.hpa)
         aliases = mmu.aliases(frame, change.hpa & _OFFSET) if mmu is not None else ()
@@ -106,21 +130,23 @@ class Door:
             old=change.old,
             new=change.new,
             cause=cause,
-            instruction=self.instruction,
+            instruction=number,
             aliases=aliases,
             blocks=tuple(block.number for block in dead),
         )
 
 
-def changed_runs(old: bytes, new: bytes) -> Iterator[tuple[int, int]]:
+def changed_runs(old: bytes, new: bytes) -> list[tuple[int, int]]:
     """(start, size) of each run of bytes that differ."""
+    runs = []
     start = None
     for index, (before, after) in enumerate(zip(old, new, strict=True)):
         if before != after:
             if start is None:
                 start = index
         elif start is not None:
-            yield start, index - start
+            runs.append((start, index - start))
             start = None
     if start is not None:
-        yield start, len(old) - start
+        runs.append((start, len(old) - start))
+    return runs

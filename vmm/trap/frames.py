@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from vmm.ept import ExtendedPageTables, Permission
+from vmm.ept.tables import GPA_LIMIT
 from vmm.errors import InvariantError
 from vmm.exits import FrameEvent
 from vmm.memory import PAGE
@@ -20,7 +21,8 @@ RX: Final = Permission.R | Permission.X
 class FrameControl:
     """Keeps the EPT in step with the state of each frame.
 
-    ``flush`` makes every engine forget its cached address translations. With ``check`` the rules are verified
+    ``flush`` makes every engine forget its cached address translations, ``window_closed`` journals what was written
+    through a window. With ``check`` the rules are verified
     after every transition: no host page writable and executable through any GPA, no writable frame with live
     blocks but the one being stepped over, counters that add up. Raises ``InvariantError`` if one is broken.
     """
@@ -32,6 +34,7 @@ class FrameControl:
         blocks: BlockCache,
         *,
         flush: Callable[[], None],
+        window_closed: Callable[[Frame], None],
         reporter: Reporter,
         check: bool,
     ) -> None:
@@ -39,6 +42,7 @@ class FrameControl:
         self._frames = frames
         self._blocks = blocks
         self._flush = flush
+        self._window_closed = window_closed
         self._reporter = reporter
         self._check = check
 
@@ -48,14 +52,24 @@ class FrameControl:
             return RW
         return RX if frame.readable else Permission.X
 
+    def host_of(self, gpa: int) -> int | None:
+        """The host page that a GPA leads to, even if the EPT allows nothing there; None without memory."""
+        entry = self._ept.entry(gpa) if gpa < GPA_LIMIT else None
+        return entry.address if entry is not None and entry.mapped else None
+
     def move(self, frame: Frame, state: FrameState, cause: str) -> None:
-        """Go to a lasting state: data, code, window or sealed. Cached translations of the old one are flushed."""
+        """Go to a lasting state: data, code, window or sealed. Cached translations of the old one are flushed.
+
+        What was written through a window is journaled when it closes, whatever closes it.
+        """
         before, frame.state = frame.state, state
         if state in (FrameState.DATA, FrameState.WINDOW):
             self._blocks.invalidate(frame.hpa, PAGE, cause)
         self._protect(frame, self.permissions(frame))
         self._flush()
         self._report(frame, before.value, state.value, cause)
+        if before is FrameState.WINDOW:
+            self._window_closed(frame)
         self._verify(frame)
 
     def grant_reads(self, frame: Frame, cause: str) -> None:
@@ -66,23 +80,29 @@ class FrameControl:
         self._verify(frame)
 
     def open(self, frame: Frame, permissions: Permission) -> None:
-        """Flip a code frame for the length of one instruction: readable, or readable and writable, never X."""
-        frame.state = FrameState.STEPPING
+        """Flip a frame for the length of one instruction: readable, or readable and writable, never X."""
+        if frame.state is not FrameState.STEPPING:
+            frame.resting, frame.state = frame.state, FrameState.STEPPING
         self._protect(frame, permissions)
-        if self._check:
-            self._verify(frame)
+        self._verify(frame)
 
     def close(self, frame: Frame) -> None:
-        """Flip it back."""
-        frame.state = FrameState.CODE
-        self._protect(frame, RX if frame.readable else Permission.X)
-        if self._check:
+        """Flip it back, unless the host has moved it meanwhile."""
+        if frame.state is FrameState.STEPPING:
+            frame.state = frame.resting
+            self._protect(frame, self.permissions(frame))
             self._verify(frame)
 
     def protect(self, frame: Frame, permissions: Permission, gpa: int) -> None:
-        """Change what the EPT allows for one GPA of a frame, at the host's wish; a fetch or store exits as ever."""
-        if permissions & Permission.W:
-            self._blocks.invalidate(frame.hpa, PAGE, "protect")
+        """Change what the EPT allows for one GPA of a frame, at the host's wish.
+
+        A frame that is to be writable is data from then on, one that is to be executable is code. Anything less
+        restricts its state, until that changes.
+        """
+        if permissions & Permission.W and frame.state not in (FrameState.DATA, FrameState.WINDOW):
+            self.move(frame, FrameState.DATA, "host")
+        elif permissions & Permission.X and frame.state not in (FrameState.CODE, FrameState.SEALED):
+            self.move(frame, FrameState.CODE, "host")
         self._ept.protect(gpa, permissions)
         self._report(frame, frame.state.value, str(permissions), "host")
         self._verify(frame)

@@ -14,7 +14,7 @@ from vmm.cpu.engine import READ, Stop
 from vmm.ept import Permission
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
-from vmm.trap.door import Change, Door
+from vmm.trap.door import Change, Door, Entry
 from vmm.trap.frames import RW, FrameControl
 from vmm.vcpu import VirtualCpu
 
@@ -58,27 +58,38 @@ class StepGuard:
 
     def attempt(self) -> Stop:
         """Execute the instruction. If something is refused or faults, nothing of it is left in memory."""
-        stop = self.vcpu.step()
+        try:
+            stop = self.vcpu.step()
+        except BaseException:
+            self._undo()
+            raise
         if stop is Stop.REFUSED and self.vcpu.context.pc != self._pc:
             # Quirk "step-looks-ahead": after a branch the engine looks for the next block before it counts.
             return Stop.STEPPED
         if stop is not Stop.STEPPED and self.vcpu.mmu.undo and not self._is_trap(stop):
-            for hpa, before in self.vcpu.mmu.undo.items():
-                self.memory.write(hpa, before)
-            self.vcpu.stepping.writes.clear()
+            self._undo()
         return stop
+
+    def _undo(self) -> None:
+        for hpa, before in self.vcpu.mmu.undo.items():
+            self.memory.write(hpa, before)
+        self.vcpu.mmu.undo.clear()
+        self.vcpu.stepping.writes.clear()
 
     def _is_trap(self, stop: Stop) -> bool:
         """Whether an exception came after the instruction (#DB by TF, INT n), not instead of it."""
         return stop is Stop.INTERRUPT and self.vcpu.context.pc != self._pc
 
-    def close(self) -> None:
-        """Journal what the instruction changed in code frames and restore execute-only."""
+    def close(self) -> list[Entry]:
+        """Restore execute-only and drop what is stale; what the instruction changed in code frames, for ``publish``."""
         changes = self._changes() if self.vcpu.mmu.undo else []
         for frame in self.opened:
             self.control.close(frame)
-        if changes:
-            self.door.record(changes, rip=self._pc, cause="store", mmu=self.vcpu.mmu)
+        return self.door.commit(changes, "store")
+
+    def publish(self, entries: list[Entry]) -> None:
+        """Put on record what ``close`` gave."""
+        self.door.publish(entries, rip=self._pc, cause="store", mmu=self.vcpu.mmu)
 
     def _changes(self) -> list[Change]:
         """One change a contiguous run of written guest-physical bytes that touches a code frame."""
@@ -95,7 +106,8 @@ class StepGuard:
         return [self._change(run) for run in runs if any(self._is_code(piece.hpa) for piece in run)]
 
     def _is_code(self, hpa: int) -> bool:
-        state = self.frames.at(hpa).state
+        frame = self.frames.at(hpa)
+        state = frame.resting if frame.state is FrameState.STEPPING else frame.state
         return state is not FrameState.DATA and state is not FrameState.WINDOW
 
     def _change(self, run: list[_Piece]) -> Change:

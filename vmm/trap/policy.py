@@ -21,14 +21,14 @@ from attrs import define, frozen
 
 from vmm.cpu.engine import FETCH, READ, WRITE, Stop
 from vmm.cpu.events import Event, EventType, Vector
-from vmm.ept import Permission, Qualification
+from vmm.ept.qualification import encode
 from vmm.errors import OptionError
 from vmm.exits import EptViolation, ExitReason, Mtf
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.mmu import Mmu, Violation
 from vmm.reporter import Reporter
-from vmm.trap.door import Change, Door, changed_runs
+from vmm.trap.door import Door
 from vmm.trap.frames import FrameControl
 from vmm.trap.guard import StepGuard
 
@@ -104,31 +104,40 @@ class Trap:
         """
         guard = self.guard
         guard.begin()
+        try:
+            outcome = self._let_through(violation)
+        finally:
+            entries = guard.close()
+        try:
+            if guard.opened and outcome is Stop.STEPPED:
+                self.reporter.count(ExitReason.MTF)
+                if self.reporter.observed:
+                    self.reporter.exit(Mtf(rip=guard.vcpu.context.pc))
+        finally:
+            guard.publish(entries)
+        return None if outcome is Stop.STEPPED else outcome
+
+    def _let_through(self, violation: Violation | None) -> Stop | Event | None:
+        """Attempt the instruction until nothing refuses it any more; None if a handler has dealt with it."""
         while True:
             if violation is not None:
                 decision = self._admit(violation)
                 if decision is not None:
-                    guard.close()
                     return decision if isinstance(decision, Event) else None
-            stop = guard.attempt()
+            stop = self.guard.attempt()
             if stop is not Stop.REFUSED or not isinstance(self.mmu.refusal, Violation):
-                break
+                return stop
             violation = self.mmu.refusal
-        if guard.opened and stop is Stop.STEPPED:
-            self.reporter.count(ExitReason.MTF)
-            if self.reporter.observed:
-                self.reporter.exit(Mtf(rip=guard.vcpu.context.pc))
-        guard.close()
-        return None if stop is Stop.STEPPED else stop
 
     def _is_stepped(self, violation: Violation) -> bool:
         """Whether the answer is to let one instruction through."""
-        if not violation.leaf or not violation.final or violation.access == FETCH:
+        host = self._host_of(violation)
+        if host is None or not violation.final or violation.access == FETCH:
             return False
-        frame = self.frames.at(violation.leaf)
+        frame = self.frames.at(host)
         if violation.access == READ:
             return self.policy.reads == "step"
-        return frame.state is FrameState.SEALED or not self._wants_window(frame)
+        return frame.state is not FrameState.CODE or not self._wants_window(frame)
 
     def _admit(self, violation: Violation) -> Event | bool | None:
         """Open what a violation in a step asks for; an event to deliver or True to give the step up."""
@@ -152,17 +161,20 @@ class Trap:
         return None
 
     def _frame_of(self, violation: Violation) -> Frame:
-        if not violation.leaf:
+        host = self._host_of(violation)
+        if host is None:
             raise UnmappedAccess(violation)
-        return self.frames.at(violation.leaf)
+        return self.frames.at(host)
+
+    def _host_of(self, violation: Violation) -> int | None:
+        return violation.leaf or self.control.host_of(violation.gpa)
 
     # Answers
 
     def _fetched(self, frame: Frame) -> None:
-        if frame.state is FrameState.WINDOW:
-            self._close_window(frame)
-        else:
-            self.control.move(frame, FrameState.CODE, "first fetch")
+        cause = "first fetch" if frame.state is FrameState.DATA else "fetch"
+        sealed = frame.state is FrameState.SEALED
+        self.control.move(frame, FrameState.SEALED if sealed else FrameState.CODE, cause)
 
     def _walked(self, frame: Frame, violation: Violation) -> None:
         """The guest keeps paging structures in a code frame: the walk may read there, and write by the door."""
@@ -183,18 +195,11 @@ class Trap:
         frame.traps = 0
         self.control.move(frame, FrameState.WINDOW, "hot frame" if self.policy.writes == "adaptive" else "store")
 
-    def _close_window(self, frame: Frame) -> None:
-        before, frame.before = frame.before, b""
-        after = self.memory.read(frame.hpa, PAGE)
-        changes = [
-            Change(
-                frame.hpa + start, frame.gpas[0] + start, None, before[start : start + size], after[start : start + size]
-            )
-            for start, size in changed_runs(before, after)
-        ]
-        self.control.move(frame, FrameState.CODE, "fetch")
-        if changes:
-            self.door.record(changes, rip=None, cause="window", mmu=self.mmu)
+    def close_windows(self) -> None:
+        """Journal what was written through the windows that are still open, at the end of a run."""
+        for frame in self.frames:
+            if frame.state is FrameState.WINDOW:
+                self.control.move(frame, FrameState.CODE, "end of run")
 
     # Reports
 
@@ -211,18 +216,18 @@ class Trap:
         if not self.reporter.observed:
             return None
         address, _ = self.mmu.faulting_address(violation.page, violation.access)
-        qualification = Qualification(
+        qualification = encode(
             read=violation.access == READ,
             write=violation.access == WRITE or modifies,
             fetch=violation.access == FETCH,
-            allowed=Permission(violation.leaf & 7),
+            allowed=violation.leaf & 7,
             final=violation.final,
         )
         offset = address & PAGE - 1 if violation.final else 0
         return self.reporter.exit(
             EptViolation(
                 rip=self.mmu.pc,
-                qualification=qualification.encode(),
+                qualification=qualification,
                 gpa=violation.gpa + offset,
                 gva=address,
             )

@@ -1,0 +1,156 @@
+"""The command line: ``vmm guests``, ``vmm run``, ``vmm check``.
+
+Exit statuses: 0 the guest ended as its manifest says and the script holds; 1 it did not; 2 bad input; 3 the guest
+died (triple fault, a budget used up, memory that does not exist); 130 Ctrl-C. Bad input gets one line on standard
+error, ``vmm: where: what; what to do``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import click
+
+from vmm.errors import EngineError, GuestError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_WRONG: Final = 1
+_BAD_INPUT: Final = 2
+_INTERRUPTED: Final = 130
+
+_Command = Any  # what click's decorators take and give
+
+
+class Cli(click.Group):
+    """A group of commands that ends with the project's exit statuses and one-line messages."""
+
+    def main(  # type: ignore[override] # always in click's own "standalone" way
+        self, args: Sequence[str] | None = None, prog_name: str | None = "vmm", **extra: Any  # noqa: ANN401
+    ) -> NoReturn:
+        """Run the command line and exit."""
+        extra["standalone_mode"] = False
+        sys.exit(_guarded(lambda: super(Cli, self).main(args, prog_name, **extra)))
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    try:
+        result = command()
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "vmm"
+        return _complain(f"vmm: {_flat(error.format_message())}; see `{path} --help`", _BAD_INPUT)
+    except (InputError, EngineError) as error:
+        return _complain(f"vmm: {_flat(str(error))}", _BAD_INPUT)
+    except GuestError as error:
+        return _complain(f"vmm: {error}", _WRONG)
+    except (KeyboardInterrupt, click.Abort):
+        return _INTERRUPTED
+    return result if isinstance(result, int) else 0
+
+
+def _complain(text: str, status: int) -> int:
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    return status
+
+
+def _flat(text: str) -> str:
+    """One line that cannot drive a terminal, whatever the user's files hold."""
+    from vmm.guest.files import one_line  # noqa: PLC0415 - only once something is wrong
+
+    return one_line(" ".join(text.split("\n")))
+
+
+def _show_version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:  # noqa: FBT001
+    if wanted:
+        try:
+            click.echo(f"vmm {version('vmm')}")
+        except PackageNotFoundError:
+            click.echo("vmm, not installed: run from its source")
+        context.exit()
+
+
+_color: _Command = click.option(
+    "--color",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Colours; auto means on a terminal, unless NO_COLOR is set.",
+)
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version)
+def main() -> None:
+    """Run x86 guests under a hypervisor that catches every write to code before it happens."""
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="A JSON list of objects with name, summary and path.")
+def guests(*, as_json: bool) -> None:
+    """List the guests that come with the VMM."""
+    from vmm.commands.guests import list_guests  # noqa: PLC0415 - a command imports what it needs
+
+    list_guests(as_json=as_json)
+
+
+@main.command()
+@click.argument("target")
+@click.option("--trace", metavar="FILE", help="Write every exit and modification as a line of JSON; - is stdout.")
+@click.option("--expect", metavar="FILE", help="Hold the run against a script, and do the script's actions.")
+@click.option("--state", metavar="FILE", help="Write the final state as JSON; - is standard output.")
+@click.option(
+    "--hash",
+    "hashes",
+    metavar="GPA:LENGTH",
+    multiple=True,
+    help="Put the SHA-256 of this memory into the state. May be repeated.",
+)
+@click.option("--audit", is_flag=True, help="Check the bytes of each block whenever it is entered (slow).")
+@click.option("--check", is_flag=True, help="Check the rules of the trap after every transition.")
+@click.option("--blocks", is_flag=True, help="Record every translated block that is made or dropped.")
+@click.option("--seconds", type=float, metavar="S", help="Time limit instead of the manifest's.")
+@click.option("--capacity", type=int, metavar="N", help="How many translated blocks are kept.")
+@click.option("--all", "everything", is_flag=True, help="Show every record: fold no loops, cut nothing off.")
+@click.option("-q", "--quiet", is_flag=True, help="Show nothing but what is wrong.")
+@click.option("-v", "--verbose", is_flag=True, help="Tell on standard error what the VMM itself does.")
+@_color
+def run(target: str, **options: Any) -> int:  # noqa: ANN401 - click's values
+    """Run TARGET, and show what happened.
+
+    TARGET is a name that `vmm guests` lists, a guest.toml, a folder with one, or an ELF64 image.
+
+    Exit status: 0 the guest ended as its manifest says and the script holds; 1 it did not; 2 bad input;
+    3 the guest died (triple fault, a budget used up, memory that does not exist); 130 Ctrl-C.
+    """
+    _check_ranges(options)
+    from vmm.commands.run import RunRequest, run  # noqa: PLC0415 - a command imports what it needs
+
+    return run(RunRequest(target, **{name: value for name, value in options.items() if value is not None}))
+
+
+@main.command()
+@click.argument("trace")
+@click.option("--expect", metavar="SCRIPT", required=True, help="The script.")
+@click.option("--guest", metavar="TARGET", help="The guest whose symbols the script uses.")
+@_color
+def check(trace: str, *, expect: str, guest: str | None, color: str) -> int:
+    """Hold TRACE, which `vmm run --trace` wrote, against a script. The script's actions are not done."""
+    from vmm.commands.check import check as check_file  # noqa: PLC0415 - a command imports what it needs
+
+    return check_file(trace, expect, guest, color=color)
+
+
+def _check_ranges(options: dict[str, Any]) -> None:
+    seconds, capacity = options["seconds"], options["capacity"]
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise click.BadOptionUsage("seconds", f"--seconds {seconds:g} is no time limit; give a positive number")
+    if capacity is not None and capacity < 1:
+        raise click.BadOptionUsage("capacity", f"--capacity {capacity} keeps no block; give 1 or more")

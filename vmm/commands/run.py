@@ -1,0 +1,218 @@
+"""``vmm run``: one guest from its start to its end."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from attrs import frozen
+
+from vmm.commands.check import symbols_of
+from vmm.commands.diagnostics import Diagnostics
+from vmm.commands.interrupt import Interruption
+from vmm.commands.outputs import STDOUT, OutputFile, Outputs
+from vmm.commands.progress import Progress
+from vmm.commands.screen import Screen, standard_error, standard_output
+from vmm.commands.summary import add_row, introduce, summarize
+from vmm.errors import GuestError
+from vmm.exits import End
+from vmm.guest.loader import Guest, load_guest
+from vmm.machine import Machine, RunOptions
+from vmm.outcome import Outcome, Status, judge
+from vmm.script_actions import ScriptRun
+from vmm.state_file import MemoryRange, encode, state_of
+from vmm.trace.console import ConsoleView
+from vmm.trace.script import Script
+from vmm.trace.sink import TraceSink, header
+from vmm.translation.cache import DEFAULT_CAPACITY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.trace.matcher import Verdict
+
+#: Exit statuses of a process that a signal ended, as shells give them.
+_SIGNALLED: Final = 128
+
+
+@frozen(slots=True)
+class RunRequest:
+    """What the command line asks for; the options are those of ``vmm run --help``."""
+
+    target: str
+    trace: str | None = None
+    expect: str | None = None
+    state: str | None = None
+    hashes: tuple[str, ...] = ()
+    audit: bool = False
+    check: bool = False
+    blocks: bool = False
+    quiet: bool = False
+    everything: bool = False
+    verbose: bool = False
+    seconds: float | None = None
+    capacity: int = DEFAULT_CAPACITY
+    color: str = "auto"
+
+    def options(self) -> RunOptions:
+        """The part of it that the machine is interested in."""
+        return RunOptions(
+            audit=self.audit,
+            check=self.check,
+            block_events=self.blocks,
+            capacity=self.capacity,
+            seconds=self.seconds,
+        )
+
+
+def run(request: RunRequest) -> int:
+    """Run a guest; the exit status. Raises ``InputError`` and ``EngineError`` for what cannot be run."""
+    log = Diagnostics(wanted=request.verbose)
+    guest = load_guest(request.target)
+    log.tell("guest loaded", guest=guest.name, entry=hex(guest.entry), symbols=len(guest.image.symbols))
+    memory = guest.manifest.machine.memory
+    ranges = [MemoryRange.parse(text, memory=memory) for text in request.hashes]
+    script = None if request.expect is None else Script.load(request.expect, symbols=symbols_of(guest))
+    with Interruption() as interruption, Outputs(_inputs(guest, request)) as outputs:
+        trace = outputs.add("--trace", request.trace)
+        state = outputs.add("--state", request.state)
+        machine = Machine(guest, request.options())
+        log.tell("engines verified and made", unicorn=version("unicorn"), memory=memory)
+        status = _Run(request, machine, trace, state, script, log).go(ranges, interruption)
+    return status
+
+
+def _inputs(guest: Guest, request: RunRequest) -> list[Path]:
+    """The files that the run reads, which none of its outputs may replace."""
+    manifest = guest.manifest
+    given = [manifest.path, manifest.image.file, manifest.image.symbols, request.expect]
+    return [Path(path) for path in given if path is not None]
+
+
+class _Run:
+    """A machine with everything that watches it."""
+
+    def __init__(
+        self,
+        request: RunRequest,
+        machine: Machine,
+        trace: OutputFile | None,
+        state: OutputFile | None,
+        script: Script | None,
+        log: Diagnostics,
+    ) -> None:
+        self.request = request
+        self.machine = machine
+        self.trace = trace
+        self.state = state
+        self.screen = self._screen()
+        self.log = log
+        self.view: ConsoleView | None = None
+        self.sink: TraceSink | None = None
+        self.script: ScriptRun | None = None
+        if trace is not None:
+            self.sink = TraceSink(trace, header(machine.guest))
+            machine.observe(self.sink.record)
+        if not request.quiet:
+            self.view = ConsoleView(machine, self.screen.painter, everything=request.everything)
+            machine.observe(self.view.record)
+        if script is not None:
+            self.script = ScriptRun(machine, script)
+        self._hear_console()
+
+    def go(self, ranges: list[MemoryRange], interruption: Interruption) -> int:
+        """Run, then write and say what is to be written and said; the exit status."""
+        request, machine = self.request, self.machine
+        if self.view is not None:
+            introduce(machine, self.screen.painter)
+        # Nothing to show progress for where every record goes to the same terminal.
+        wanted = not request.quiet and not (request.everything and sys.stdout.isatty())
+        with Progress(machine, wanted=wanted) as progress:
+            self.screen.before = progress.hide
+            interruption.break_in = machine.break_in
+            end = run_to_end(machine)
+        interruption.settle()
+        self.log.tell("run ended", reason=end.reason, exits=machine.reporter.total)
+        self._write_files(end, ranges)
+        outcome = judge(machine.guest.manifest, end)
+        if outcome.status is Status.INTERRUPTED:
+            self.script = None  # a script says nothing about half a run
+        status = self._conclude(outcome)
+        return _SIGNALLED + interruption.received if status == Status.INTERRUPTED else status
+
+    def _screen(self) -> Screen:
+        """Where the view goes: to standard error if a file goes to standard output."""
+        taken = STDOUT in (self.request.trace, self.request.state)
+        return (standard_error if taken else standard_output)(color=self.request.color)
+
+    def _hear_console(self) -> None:
+        listeners: list[Callable[[str], None]] = []
+        if self.sink is not None:
+            listeners.append(self.sink.console)
+        if self.script is not None:
+            listeners.append(self.script.matcher.console)
+        if listeners:
+            hear_text(self.machine, listeners)
+
+    def _write_files(self, end: End, ranges: list[MemoryRange]) -> None:
+        if self.sink is not None:
+            self.sink.flush()
+        if self.state is not None:
+            self.state.write(encode(state_of(self.machine, end, ranges)))
+
+    def _conclude(self, outcome: Outcome) -> int:
+        verdict = None if self.script is None else self.script.finish()
+        if self.view is not None:
+            self.view.finish()
+            self._summarize(outcome, verdict)
+        self._complain(outcome, verdict)
+        if outcome.status is Status.OK and verdict is not None and not verdict.ok:
+            return Status.WRONG
+        return outcome.status
+
+    def _summarize(self, outcome: Outcome, verdict: Verdict | None) -> None:
+        painter = self.screen.painter
+        summarize(self.machine, outcome, painter)
+        if verdict is not None:
+            words = "holds" if verdict.ok else "does not hold"
+            add_row("script", f"{words} ({self.request.expect})", painter, good=verdict.ok)
+        if self.trace is not None and self.sink is not None:
+            add_row("trace", f"{self.sink.records:,} records in {self.request.trace}", painter)
+        if self.state is not None:
+            add_row("state", f"in {self.request.state}", painter)
+        self.screen.flush()
+
+    def _complain(self, outcome: Outcome, verdict: Verdict | None) -> None:
+        screen = standard_error(color=self.request.color)
+        if verdict is not None and verdict.divergence is not None:
+            screen.write(f"\n{verdict.divergence.render(color=screen.color)}\n")
+        if outcome.complaint is not None:
+            screen.write(f"vmm: {self.machine.guest.name}: {outcome.complaint}\n")
+        screen.flush()
+
+
+def run_to_end(machine: Machine) -> End:
+    """Run; where the VMM has to give up, that is an end of its own, with the reason "error"."""
+    try:
+        return machine.run()
+    except GuestError as error:
+        detail = {"error": type(error).__name__, "what": str(error)}
+        end = End("error", machine.vcpu.context.rip, detail)
+        machine.reporter.emit(end)
+        return end
+
+
+def hear_text(machine: Machine, listeners: list[Callable[[str], None]]) -> None:
+    """Have the guest's printed bytes handed on as text; what is not UTF-8 becomes U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def hear(data: bytes) -> None:
+        text = decoder.decode(data)
+        if text:
+            for listener in listeners:
+                listener(text)
+
+    machine.on_output(hear)

@@ -1,0 +1,174 @@
+"""The console view: a run as a person reads it while it goes on.
+
+Output to the debug console is gathered, loops are folded, modifications show the code before and after. The
+view only looks: with it and without it a run is the same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from attrs import evolve
+
+from vmm.exits import End, IoInstruction, Modification, Record
+from vmm.trace.folding import Folder
+from vmm.trace.names import Names
+from vmm.trace.patches import Patch, block_start, capture
+from vmm.trace.painter import Painter, Style
+from vmm.trace.rendering import Entry, Line, line_of
+
+if TYPE_CHECKING:
+    from vmm.machine import Machine
+    from vmm.translation import Block
+
+#: Lines after which a run is only counted, unless everything is wanted.
+LIMIT: Final = 200
+_WIDTHS: Final = (9, 16, 22)
+_INDENT: Final = " " * (sum(_WIDTHS) + 8)
+#: How far a symbol may be before a patch for its code to be read from there.
+_NEAR: Final = 256
+#: Bytes of console output that one line shows.
+_GATHERED: Final = 64
+
+
+class ConsoleView:
+    """Shows the records of one machine's run. ``record`` is an observer; call ``finish`` at the end.
+
+    With ``everything`` nothing is folded and nothing cut off.
+    """
+
+    def __init__(self, machine: Machine, painter: Painter, *, everything: bool = False) -> None:
+        self._machine = machine
+        self._painter = painter
+        self._everything = everything
+        self._names = Names(machine.guest)
+        self._console_port = machine.guest.manifest.console.port
+        self._folder: Folder[Entry] = Folder(self._show, self._show_skipped)
+        self._gathered: Entry | None = None
+        self._seq = 0
+        self._lines = 0
+        self._unseen = 0
+        self._dead: dict[int, Block] = {}
+        self._watch_blocks()
+
+    def record(self, record: Record) -> None:
+        """Take the next record."""
+        self._seq += 1
+        if self._full and not isinstance(record, End):
+            self._unseen += 1
+        elif isinstance(record, IoInstruction) and self._is_printing(record):
+            self._gather(record)
+        else:
+            self._ungather()
+            self._add(self._entry(record))
+        self._dead.clear()
+
+    def finish(self) -> None:
+        """Show what was held back."""
+        self._ungather()
+        self._folder.flush()
+
+    @property
+    def _full(self) -> bool:
+        return self._lines >= LIMIT and not self._everything
+
+    def _add(self, entry: Entry) -> None:
+        if isinstance(entry.record, End):
+            self._folder.flush()
+            self._tell_unseen()
+            self._show(entry)
+        elif self._everything:
+            self._show(entry)
+        else:
+            self._folder.add(entry, entry.shape)
+
+    # Console output
+
+    def _is_printing(self, record: IoInstruction) -> bool:
+        return record.port == self._console_port and record.direction == "out"
+
+    def _gather(self, record: IoInstruction) -> None:
+        data = record.value.to_bytes(record.size, "little")
+        before = self._gathered
+        if before is None:
+            self._gathered = Entry(self._seq, record, self._seq, data)
+        else:
+            self._gathered = evolve(before, seq=self._seq, text=before.text + data)
+        if data.endswith(b"\n") or len(self._gathered.text) >= _GATHERED:
+            self._ungather()
+
+    def _ungather(self) -> None:
+        entry, self._gathered = self._gathered, None
+        if entry is not None:
+            self._add(entry)
+
+    # Modifications
+
+    def _entry(self, record: Record) -> Entry:
+        if not isinstance(record, Modification):
+            return Entry(self._seq, record, self._seq)
+        dead = {number: self._words(block) for number, block in self._dead.items()}
+        return Entry(self._seq, record, self._seq, patch=self._patch(record), dead=dead)
+
+    def _patch(self, record: Modification) -> Patch:
+        begin = self._instruction_near(record)
+        mode = self._machine.vcpu.context.mode
+        bits = 64 if mode == "long" else 32 if mode.endswith("32") else 16
+        linked = self._names.linked(begin)
+        return capture(record, begin=begin, linked=linked, bits=bits, read=self._machine.read)
+
+    def _instruction_near(self, record: Modification) -> int:
+        """The GPA of an instruction at or below the patch: where a block that died began, or a symbol is."""
+        starts = (block_start(block, record.gpa) for block in self._dead.values())
+        known = [start for start in starts if start is not None]
+        if known:
+            return max(known)
+        symbol = self._names.near(record.gpa, _NEAR)
+        page = record.gpa & -4096
+        return symbol if symbol is not None and symbol >= page else record.gpa
+
+    def _watch_blocks(self) -> None:
+        """Keep each block that dies until the modification that killed it is shown."""
+        blocks = self._machine.blocks
+        before = blocks.observer
+
+        def watch(event: str, block: Block, cause: str) -> None:
+            if event == "invalidated":
+                self._dead[block.number] = block
+            if before is not None:
+                before(event, block, cause)
+
+        blocks.observer = watch
+
+    def _words(self, block: Block) -> str:
+        return f"block {block.number}: {block.size} bytes at {self._names.code(block.gva)}"
+
+    # Lines
+
+    def _show(self, entry: Entry) -> None:
+        if self._full and not isinstance(entry.record, End):
+            self._unseen += entry.seq - entry.first + 1
+            return
+        line = line_of(entry, self._names)
+        number = str(entry.seq) if entry.first == entry.seq else f"{entry.first}-{entry.seq}"
+        self._painter.line(_columns(number, line), line.style)
+        for style, text in line.below:
+            self._painter.line(_INDENT + text, style)
+        self._lines += 1 + len(line.below)
+
+    def _show_skipped(self, count: int, last: Entry) -> None:
+        if self._full:
+            self._unseen += count
+            return
+        self._painter.line(f"{'...':>{_WIDTHS[0]}}  {count:,} more like these, up to {last.seq}", Style.QUIET)
+        self._lines += 1
+
+    def _tell_unseen(self) -> None:
+        if self._unseen:
+            more = f"{self._unseen:,} more records (--all shows them, --trace keeps them)"
+            self._painter.line(f"{'...':>{_WIDTHS[0]}}  {more}", Style.QUIET)
+
+
+def _columns(number: str, line: Line) -> str:
+    first, second, third = _WIDTHS
+    return f"{number:>{first}}  {line.kind:<{second}}  {line.where:<{third}}  {line.what}"
