@@ -7,6 +7,7 @@ bare ``emu_start`` of one instruction and back. Every figure is the best of seve
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from unicorn import UC_ARCH_X86, UC_MODE_64, Uc
 from unicorn.x86_const import UC_X86_REG_RSP
 
 from vmm.machine import Machine, RunOptions
+from vmm.trace.sink import TraceSink, header
 
 CODE, DATA, STACK, MEMORY = 0x10000, 0x80000, 0xF0000, 0x100000
 ROUNDS = 3
@@ -110,9 +112,8 @@ def trap_cycle(folder: Path, *, traced: bool, count: int = 20_000) -> float:
     )
     image = code.ljust(0x10000, b"\x90") + b"\xb8\x00\x00\x00\x00\xc3"
     guest = machine(folder, image, extra=alias)
-    seen: list[object] = []
     if traced:
-        guest.observe(seen.append)
+        guest.observe(TraceSink(io.BytesIO(), header(guest.guest)).record)
     begin = time.process_time()
     guest.run()
     took = time.process_time() - begin

@@ -23,8 +23,6 @@ _WRONG: Final = 1
 _BAD_INPUT: Final = 2
 _INTERRUPTED: Final = 130
 
-_Command = Any  # what click's decorators take and give
-
 
 class Cli(click.Group):
     """A group of commands that ends with the project's exit statuses and one-line messages."""
@@ -44,7 +42,8 @@ def _guarded(command: Callable[[], Any]) -> int:
         return stop.exit_code
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "vmm"
-        return _complain(f"vmm: {_flat(error.format_message())}; see `{path} --help`", _BAD_INPUT)
+        message = _flat(error.format_message()).rstrip(".")
+        return _complain(f"vmm: {message}; see `{path} --help`", _BAD_INPUT)
     except (InputError, EngineError) as error:
         return _complain(f"vmm: {_flat(str(error))}", _BAD_INPUT)
     except GuestError as error:
@@ -77,7 +76,7 @@ def _show_version(context: click.Context, _option: click.Parameter, wanted: bool
         context.exit()
 
 
-_color: _Command = click.option(
+_color = click.option(
     "--color",
     type=click.Choice(["auto", "always", "never"]),
     default="auto",
@@ -86,10 +85,14 @@ _color: _Command = click.option(
 )
 
 
-@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("vmm", cls=Cli, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version)
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Run x86 guests under a hypervisor that catches every write to code before it happens."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(_BAD_INPUT)
 
 
 @main.command()

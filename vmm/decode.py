@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Final
 
 from attrs import frozen
+from vmm.cpu.defects import corrected
 from iced_x86 import (
     Code,
     CodeSize,
@@ -86,6 +87,10 @@ class Decoded:
     operands: tuple[MemoryOperand, ...]
     uses_descriptors: bool
     stack_relative: bool
+    #: What the engine must fetch instead, where it gets the instruction wrong (see ``vmm.cpu.defects``).
+    correction: bytes = b""
+    #: Whether it is a string instruction with a REP prefix.
+    repeats: bool = False
 
     def modifies(self, address: int, locate: Callable[[MemoryOperand], int]) -> bool:
         """Whether it reads and writes the memory at a linear address (read-modify-write)."""
@@ -98,6 +103,11 @@ class Decoded:
     def is_hlt(self) -> bool:
         """Whether it is HLT."""
         return self.mnemonic == Mnemonic.HLT
+
+    @property
+    def is_int1(self) -> bool:
+        """Whether it is INT1, with any prefixes."""
+        return self.mnemonic == Mnemonic.INT1
 
     @property
     def changes_mappings(self) -> bool:
@@ -128,6 +138,8 @@ def decode(code: bytes, bits: int) -> Decoded:
         uses_descriptors=instruction.mnemonic in _DESCRIPTOR_USERS
         and (far or loads_segment or _is_far(instruction)),
         stack_relative=any(operand.segment == _SEGMENTS[Register.SS] for operand in operands),
+        repeats=instruction.is_string_instruction and (instruction.has_rep_prefix or instruction.has_repne_prefix),
+        correction=corrected(code, bits),
     )
 
 

@@ -74,7 +74,7 @@ class Machine:
         self.door: Final = Door(self.memory, self.frames, self.blocks, self.reporter)
         self.instruction_exits: Final = InstructionExits(self.ports, self.reporter)
         self.vcpu: Final = VirtualCpu(
-            self.memory, self.ept, self.frames, self.instruction_exits, audit=self.options.audit
+            self.memory, self.ept, self.frames, self.blocks, self.instruction_exits, audit=self.options.audit
         )
         self.instruction_exits.mmu = self.vcpu.mmu
         self.control: Final = FrameControl(

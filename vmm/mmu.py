@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Protocol
 
-from attrs import frozen
+from attrs import define
 
 from vmm.cpu.context import Context
-from vmm.cpu.defects import corrected
 from vmm.cpu.engine import FETCH, READ, WRITE, Engine, R, W, X
 from vmm.cpu.free import FreeRunningEngine
 from vmm.cpu.stepping import SteppingEngine
@@ -33,11 +32,13 @@ _NEEDED: Final = {READ: R, WRITE: W, FETCH: X}
 _NOT_FETCHED: Final = (FrameState.DATA, FrameState.WINDOW)
 #: How many linear pages are remembered that code was fetched from.
 MAX_FETCH_PAGES: Final = 1 << 16
+#: CR0, CR3, CR4, EFER, and whether code runs in ring 3: what a translation depends on.
+Control = tuple[int, int, int, int, bool]
 #: Answers a fill: (linear page, access) -> host address | permissions, or 0 to refuse.
 Fill = Callable[[int, int], int]
 
 
-@frozen(slots=True)
+@define(slots=True, eq=False)
 class GuestFault:
     """The guest's page tables do not allow the access: a #PF is due. ``page`` is linear."""
 
@@ -46,7 +47,7 @@ class GuestFault:
     error_code: int
 
 
-@frozen(slots=True)
+@define(slots=True, eq=False)
 class NonCanonical:
     """The linear address is not canonical: a #GP or #SS is due."""
 
@@ -54,7 +55,7 @@ class NonCanonical:
     access: int
 
 
-@frozen(slots=True)
+@define(slots=True, eq=False)
 class Violation:
     """The EPT does not allow the access: a VM exit is due.
 
@@ -69,7 +70,7 @@ class Violation:
     final: bool
 
 
-@frozen(slots=True)
+@define(slots=True, eq=False)
 class Misconfiguration:
     """An EPT entry on the way has a setting that no processor supports (SDM vol. 3, 28.3.3.1): a VM exit is due."""
 
@@ -120,9 +121,17 @@ class Mmu:
         self._frames = frames
         self._context = context
         self._fetch_pages: dict[int, int] = {}
+        #: The instruction that is being stepped, or was last.
+        self.stepped: Decoded
         self._step_page = 0
+        #: Where it is; None when no step is under way.
+        self._step_pc: int | None = None
+        self._step_control: Control = (0, 0, 0, 0, False)
         #: Linear page -> what the step fetches there instead of the guest's bytes (see ``vmm.cpu.defects``).
         self._step_patch: dict[int, tuple[int, bytes]] = {}
+        self._step_code = b""
+        #: (linear address, bytes) of a REP that has overwritten itself and is not finished: it is to be stepped on.
+        self.held: tuple[int, bytes] | None = None
         self._fixed_root: int | None = None
         self._fixed: list[tuple[int, int, int]] = []
         self._fixed_pages: dict[int, list[int]] = {}
@@ -153,12 +162,11 @@ class Mmu:
 
     def fills_of_step(self, engine: SteppingEngine) -> Fill:
         """What answers fills of the stepping engine: fetches come from latched copies, writes are kept track of."""
-        control = engine.live.control
 
         def fill(page: int, access: int) -> int:
             if access == FETCH and page != self._step_page and not self._reaches(page):
                 return engine.nothing | X
-            found = self._translate(control(), page, access, engine)
+            found = self._translate(self._step_control, page, access, engine)
             if found is None:
                 return 0
             translation, leaf = found
@@ -193,32 +201,52 @@ class Mmu:
             return Misconfiguration(page, gpa)
         return Violation(page, access, gpa, leaf, final=True)
 
-    def begin_step(self) -> None:
-        """Forget what earlier steps wrote; the next fills are for the instruction at RIP."""
+    def begin_step(self, *, arrived: bool) -> None:
+        """Forget what earlier steps wrote; the next fills are for the instruction at RIP.
+
+        ``arrived`` is whether the free-running engine has just stopped at that instruction, so that what it fetched
+        there is what the guest's page tables say now.
+        """
         self.written = {}
         self.undo = {}
         context = self._context
-        pc = context.pc
+        pc = self._step_pc = context.pc
         self._step_page = pc & -PAGE
+        if not arrived:
+            self._fetch_pages.pop(self._step_page, None)
+        self._step_control = (context.cr0, context.cr3, context.cr4, context.efer, context.cpl == 3)
+        self._step_code = self.instruction_bytes(pc)
+        decoded = self.stepped = decode(self._step_code, context.code_bits)
         self._step_patch = {}
-        code = corrected(self.instruction_bytes(pc), context.code_bits)
-        if code is not None:
+        code = decoded.correction or (self._step_code[: decoded.length] if self.held is not None else b"")
+        if code:
             room = PAGE - (pc & PAGE_OFFSET)
             self._step_patch[self._step_page] = (pc & PAGE_OFFSET, code[:room])
             self._step_patch[self._step_page + PAGE] = (0, code[room:])
+
+    def end_step(self) -> None:
+        """The instruction is done with, one way or the other.
+
+        A REP goes on with the bytes that it was fetched from, even if an iteration has overwritten them: a processor
+        fetches a string instruction once.
+        """
+        pc, self._step_pc, self.held = self._step_pc, None, None
+        if self.stepped.repeats and self.undo and pc is not None and self._context.pc == pc:
+            length = self.stepped.length
+            if self.instruction_bytes(pc)[:length] != self._step_code[:length]:
+                self.held = (pc, self._step_code)
 
     def _reaches(self, page: int) -> bool:
         """Whether the stepped instruction itself lies on a linear page other than the one that it starts on.
 
         The engine also asks for what comes after it (quirk "early-fetch"), which is none of the guest's doing yet.
         """
-        pc = self._context.pc
-        length = decode(self.instruction_bytes(pc), self._context.code_bits).length
-        end = pc + (length or MAX_LENGTH) - 1
+        assert self._step_pc is not None
+        end = self._step_pc + (self.stepped.length or MAX_LENGTH) - 1
         return page == self._step_page + PAGE and end & -PAGE == page
 
     def _translate(
-        self, control: tuple[int, int, int, int, bool], page: int, access: int, engine: Engine
+        self, control: Control, page: int, access: int, engine: Engine
     ) -> tuple[Translation, int] | None:
         """Both stages for a fill; None with ``refusal`` set if the first one does not allow it."""
         cr0, cr3, cr4, efer, user = control
@@ -349,6 +377,8 @@ class Mmu:
 
     def instruction_bytes(self, gva: int) -> bytes:
         """Up to 15 bytes at the linear address of an instruction; short if it runs into an unmapped page."""
+        if self.held is not None and self.held[0] == gva:
+            return self.held[1]
         host = self._fetch_pages.get(gva & -PAGE)
         if host is not None and gva & PAGE_OFFSET <= PAGE - MAX_LENGTH:
             return self._memory.read(host | gva & PAGE_OFFSET, MAX_LENGTH)
@@ -373,7 +403,7 @@ class Mmu:
         """
         context = self._context
         pc = context.pc
-        decoded = decode(self.instruction_bytes(pc), context.code_bits)
+        decoded = self.stepped if pc == self._step_pc else decode(self.instruction_bytes(pc), context.code_bits)
         if access == FETCH:
             return (pc if pc & -PAGE == page else page), decoded
         wants = "reads" if access == READ else "writes"

@@ -29,7 +29,6 @@ from vmm.vcpu import VirtualCpu
 _UNDEFINED: Final = Event(Vector.UD, EventType.HARDWARE_EXCEPTION)
 _RFLAGS_IF: Final = 1 << 9
 _VMCALL: Final = b"\x0f\x01\xc1"
-_INT1: Final = b"\xf1"
 
 
 @define(slots=True)
@@ -109,7 +108,7 @@ class RunLoop:
 
     def _enter(self) -> Stop | Event | None:
         """VM entry: let the guest execute, freely or one instruction, until it comes out."""
-        if self.single_step or self.interrupts:
+        if self.single_step or self.interrupts or self.vcpu.mmu.held is not None:
             return self._step()
         return self.vcpu.run()
 
@@ -193,8 +192,10 @@ class RunLoop:
         """A TLB fill was refused: by the guest's page tables, or by the EPT."""
         mmu, refusal = self.vcpu.mmu, self.vcpu.mmu.refusal
         match refusal:
-            case GuestFault() if self._is_early(refusal.page, refusal.access):
+            case (GuestFault() | NonCanonical()) if self._is_early(refusal.page, refusal.access):
                 self._answer(self._step())
+            case (GuestFault() | NonCanonical()) if refusal.access != FETCH and self._is_undefined():
+                self._raise(_UNDEFINED)
             case GuestFault():
                 self._raise(self._page_fault(refusal))
             case NonCanonical():
@@ -218,6 +219,11 @@ class RunLoop:
         if refusal.access == READ and decoded.modifies(address, mmu.operand_address):
             error_code |= ErrorCode.WRITE
         return Event(Vector.PF, EventType.HARDWARE_EXCEPTION, error_code, cr2=address)
+
+    def _is_undefined(self) -> bool:
+        """Whether the current instruction is none: the engine loads an operand before it finds out."""
+        context = self.vcpu.context
+        return not self.vcpu.mmu.decode_at(context, context.rip).length
 
     def _is_early(self, page: int, access: int) -> bool:
         """Whether a fetch fault may come too early (quirk "early-fetch").
@@ -277,8 +283,8 @@ class RunLoop:
                     self._deliver(decision)
                     return
             context.rip += len(_VMCALL)
-        elif code.startswith(_INT1):
-            self._raise(Event(Vector.DB, EventType.PRIVILEGED_SOFTWARE_EXCEPTION, length=1))
+        elif (decoded := self.vcpu.mmu.decode_at(context, context.rip)).is_int1:
+            self._raise(Event(Vector.DB, EventType.PRIVILEGED_SOFTWARE_EXCEPTION, length=decoded.length))
         else:
             self._raise(_UNDEFINED)
 

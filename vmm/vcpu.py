@@ -7,6 +7,7 @@ from typing import Protocol
 from vmm.cpu import binding as b
 from vmm.cpu import layout
 from vmm.cpu.context import Context
+from vmm.cpu.early_flags import are_computed
 from vmm.cpu.engine import Engine, Stop
 from vmm.cpu.events import Event, EventType
 from vmm.cpu.free import FreeRunningEngine
@@ -17,6 +18,7 @@ from vmm.guest.boot import BootState
 from vmm.memory import GuestMemory
 from vmm.memory.frames import Frames
 from vmm.mmu import Mmu
+from vmm.translation import BlockCache
 
 #: Vectors that push an error code (SDM vol. 3, table 6-1).
 _WITH_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17, 21})
@@ -47,8 +49,16 @@ class VirtualCpu:
     """A vCPU between VM entries; ``context`` is its state."""
 
     def __init__(
-        self, memory: GuestMemory, ept: ExtendedPageTables, frames: Frames, platform: Platform, *, audit: bool
+        self,
+        memory: GuestMemory,
+        ept: ExtendedPageTables,
+        frames: Frames,
+        blocks: BlockCache,
+        platform: Platform,
+        *,
+        audit: bool,
     ) -> None:
+        self._blocks = blocks
         self.free = FreeRunningEngine(memory, audit=audit)
         self.stepping = SteppingEngine(memory)
         self.context = Context(self.free.handle)
@@ -63,7 +73,10 @@ class VirtualCpu:
     def step(self) -> Stop:
         """Execute one instruction on the stepping engine."""
         self.stepped = True
-        return self.stepping.step(self.context)
+        stop = self.stepping.step(self.context)
+        if stop is Stop.REFUSED:
+            self._mend_flags()
+        return stop
 
     def reset_to(self, boot: BootState) -> None:
         """Load the initial state of a guest."""
@@ -85,7 +98,26 @@ class VirtualCpu:
     def run(self) -> Stop:
         """Free-run until something is refused or asks for the VMM."""
         self.stepped = False
-        return self.free.run(self.context)
+        stop = self.free.run(self.context)
+        if stop is Stop.REFUSED:
+            self._mend_flags()
+        return stop
+
+    def _mend_flags(self) -> None:
+        """Undo what a refused instruction did to the flags (quirk "early-flags")."""
+        context = self.context
+        code = self.mmu.instruction_bytes(context.pc)
+        if are_computed(code, *context.lazy_flags, context.code_bits, self._block_so_far):
+            context.recover_flags()
+
+    def _block_so_far(self) -> bytes | None:
+        """The code from the start of the block that the engine is in up to RIP; None if that is not known."""
+        pc = self.context.pc
+        host = None if self.stepped else self.mmu.fetch_host(pc)
+        if host is None:
+            return None
+        inside = [b for b in self._blocks.overlapping(host, 1) if b.gva <= pc < b.gva + b.size]
+        return inside[-1].code[: pc - inside[-1].gva] if inside else None
 
     def exception(self) -> Event:
         """The event that the last run or step stopped with (``Stop.INTERRUPT``); RIP goes back to an INT."""

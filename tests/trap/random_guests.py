@@ -69,7 +69,7 @@ class RandomGuest:
         """Sizes and places first: the contents refer to them."""
         at = self.start
         self.shapes: list[list[str]] = []
-        for number in range(self.rng.randint(3, 6)):
+        for number in range(self.rng.randint(3, 5)):
             shape = self.rng.choices(["plain", "branch", "call", "patch"], [8, 2, 2, 3], k=self.rng.randint(3, 8))
             shape = ["plain", "plain", *shape]
             self.shapes.append(shape)
@@ -178,7 +178,7 @@ class RandomGuest:
         pages: dict[int, str | bytes] = {
             frame: bytes(image[i * PAGE : (i + 1) * PAGE]) for i, frame in enumerate(FRAMES)
         }
-        pool = b"".join(BRANCH if i % 5 == 4 else arithmetic(self.rng) for i in range(POOL_UNITS))
+        pool = b"".join(arithmetic(self.rng) for _ in range(POOL_UNITS))
         return {CODE: self.driver(), POOL: pool, **pages}
 
     def build(self, segments: dict[int, str | bytes], *, options, policy: Policy) -> tiny.Tiny:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from vmm.commands.screen import standard_error, standard_output
 from vmm.guest.loader import load_guest
 from vmm.outcome import Status
 from vmm.trace.check import check_trace
+from vmm.trace.names import symbols_of
 from vmm.trace.painter import Style
 from vmm.trace.script import Script
-
-if TYPE_CHECKING:
-    from vmm.guest.loader import Guest
 
 
 def check(trace: str, script: str, guest: str | None, *, color: str) -> Status:
@@ -28,9 +24,3 @@ def check(trace: str, script: str, guest: str | None, *, color: str) -> Status:
     complaints.write(verdict.divergence.render(color=complaints.color) + "\n")
     complaints.flush()
     return Status.WRONG
-
-
-def symbols_of(guest: Guest) -> dict[str, int]:
-    """The symbols of a guest's image as a script wants them."""
-    symbols = guest.image.symbols
-    return {name: address for name in symbols if (address := symbols.address(name)) is not None}

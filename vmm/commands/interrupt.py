@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 #: Seconds between two attempts: one that comes between two VM entries has no effect.
 _AGAIN: Final = 0.02
-#: So many signals end a command at any price: somebody is waiting, and a pipe does not move.
-_AT_ANY_PRICE: Final = 3
+#: Seconds after the first signal from which on another one ends the command at any price.
+_PATIENCE: Final = 2.0
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -34,7 +35,7 @@ class Interruption:
     def __init__(self) -> None:
         self.received = 0
         self.break_in: Callable[[], None] = lambda: None
-        self._count = 0
+        self._since = 0.0
         self._settled = threading.Event()
         self._ours = threading.current_thread() is threading.main_thread()
         self._before: dict[int, Any] = {}
@@ -62,15 +63,17 @@ class Interruption:
         self._settled.set()
         signal.set_wakeup_fd(self._old_fd)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # A command that was interrupted is about to exit, and must not die of the next signal instead.
+            signal.signal(number, signal.SIG_IGN if self.received else handler)
         self._mouth.close()
         self._watcher.join()
         self._ear.close()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.received = self.received or number
-        self._count += 1
-        if self._count >= _AT_ANY_PRICE:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._since = number, now
+        elif now - self._since > _PATIENCE:
             raise KeyboardInterrupt
 
     def _watch(self) -> None:

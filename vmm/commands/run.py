@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
 
-from vmm.commands.check import symbols_of
 from vmm.commands.diagnostics import Diagnostics
 from vmm.commands.interrupt import Interruption
 from vmm.commands.outputs import STDOUT, OutputFile, Outputs
@@ -22,17 +21,18 @@ from vmm.exits import End
 from vmm.guest.loader import Guest, load_guest
 from vmm.machine import Machine, RunOptions
 from vmm.outcome import Outcome, Status, judge
-from vmm.script_actions import ScriptRun
 from vmm.state_file import MemoryRange, encode, state_of
 from vmm.trace.console import ConsoleView
-from vmm.trace.script import Script
+from vmm.trace.names import symbols_of
 from vmm.trace.sink import TraceSink, header
 from vmm.translation.cache import DEFAULT_CAPACITY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm.script_actions import ScriptRun
     from vmm.trace.matcher import Verdict
+    from vmm.trace.script import Script
 
 #: Exit statuses of a process that a signal ended, as shells give them.
 _SIGNALLED: Final = 128
@@ -75,14 +75,19 @@ def run(request: RunRequest) -> int:
     log.tell("guest loaded", guest=guest.name, entry=hex(guest.entry), symbols=len(guest.image.symbols))
     memory = guest.manifest.machine.memory
     ranges = [MemoryRange.parse(text, memory=memory) for text in request.hashes]
-    script = None if request.expect is None else Script.load(request.expect, symbols=symbols_of(guest))
+    script = None if request.expect is None else _load_script(request.expect, guest)
     with Interruption() as interruption, Outputs(_inputs(guest, request)) as outputs:
         trace = outputs.add("--trace", request.trace)
         state = outputs.add("--state", request.state)
         machine = Machine(guest, request.options())
         log.tell("engines verified and made", unicorn=version("unicorn"), memory=memory)
-        status = _Run(request, machine, trace, state, script, log).go(ranges, interruption)
-    return status
+        return _Run(request, machine, trace, state, script, log).go(ranges, interruption)
+
+
+def _load_script(path: str, guest: Guest) -> Script:
+    from vmm.trace.script import Script  # noqa: PLC0415 - 40 ms that only a run with a script need pay
+
+    return Script.load(path, symbols=symbols_of(guest))
 
 
 def _inputs(guest: Guest, request: RunRequest) -> list[Path]:
@@ -120,6 +125,8 @@ class _Run:
             self.view = ConsoleView(machine, self.screen.painter, everything=request.everything)
             machine.observe(self.view.record)
         if script is not None:
+            from vmm.script_actions import ScriptRun  # noqa: PLC0415 - as above
+
             self.script = ScriptRun(machine, script)
         self._hear_console()
 
@@ -199,7 +206,8 @@ def run_to_end(machine: Machine) -> End:
     try:
         return machine.run()
     except GuestError as error:
-        detail = {"error": type(error).__name__, "what": str(error)}
+        what = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        detail = {"error": type(error).__name__, "what": what}
         end = End("error", machine.vcpu.context.rip, detail)
         machine.reporter.emit(end)
         return end

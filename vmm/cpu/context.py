@@ -11,6 +11,7 @@ from typing import Final, get_args
 
 from vmm.cpu import binding as b
 from vmm.cpu import layout as at
+from vmm.cpu.early_flags import ARITHMETIC
 from vmm.cpu.state import Segment, SegmentName
 
 GPR_NAMES: Final = (
@@ -56,6 +57,8 @@ class Context:
         self.gprs: Final = (b.u64 * 16).from_address(base + at.GPRS)
         self._rip = b.u64.from_address(base + at.RIP)
         self._hflags = ctypes.c_uint32.from_address(base + at.HFLAGS)
+        self._cc_src = b.u64.from_address(base + at.CC_SRC)
+        self._cc_op = ctypes.c_uint32.from_address(base + at.CC_OP)
         self._eflags = ctypes.c_uint32.from_address(base + at.EFLAGS)
         self._segments = (_SegmentRegister * 10).from_address(base + at.SEGMENTS)
         self._control = (b.u64 * 5).from_address(base + at.CONTROL)
@@ -153,6 +156,16 @@ class Context:
         state would lose them.
         """
         self.rflags = self.rflags
+
+    @property
+    def lazy_flags(self) -> tuple[int, int]:
+        """What the engine computes the arithmetic flags from: QEMU's CC_OP and CC_SRC."""
+        return self._cc_op.value, self._cc_src.value
+
+    def recover_flags(self) -> None:
+        """Take the arithmetic flags from where an interrupted instruction left them (quirk "early-flags")."""
+        flags = self._cc_src.value & ARITHMETIC
+        self.rflags = self.rflags & ~ARITHMETIC | flags
 
     # Control, debug and model-specific registers
 

@@ -9,7 +9,6 @@ fetches the corrected bytes.
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from typing import Final
 
 from iced_x86 import Decoder, Instruction, Mnemonic
@@ -26,15 +25,14 @@ def block_is_affected(code: bytes, bits: int) -> bool:
     return any(_is_affected(instruction) for instruction in Decoder(64, code, ip=0))
 
 
-@lru_cache(maxsize=65536)
-def corrected(code: bytes, bits: int) -> bytes | None:
-    """The bytes to fetch instead of the instruction at the start of ``code``; None if it needs no correction."""
+def corrected(code: bytes, bits: int) -> bytes:
+    """The bytes to fetch instead of the instruction at the start of ``code``; none if it needs no correction."""
     if bits != 64 or _CANDIDATE.search(code) is None:
-        return None
+        return b""
     decoder = Decoder(64, code, ip=0)
     instruction = decoder.decode()
     if not _is_affected(instruction):
-        return None
+        return b""
     place = decoder.get_constant_offsets(instruction).displacement_offset
     displacement = int.from_bytes(code[place : place + 4], "little") + 1 & 0xFFFF_FFFF
     return code[:place] + displacement.to_bytes(4, "little") + code[place + 4 : instruction.len]

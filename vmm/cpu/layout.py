@@ -23,6 +23,8 @@ _ENV: Final = 40  # the header of struct uc_context
 GPRS: Final = _ENV  # rax rcx rdx rbx rsp rbp rsi rdi r8-r15, 8 bytes each
 RIP: Final = _ENV + 128
 EFLAGS: Final = _ENV + 136  # the arithmetic flags are kept elsewhere, lazily
+CC_SRC: Final = _ENV + 152  # ... as operands here, and what they are operands of there
+CC_OP: Final = _ENV + 168
 HFLAGS: Final = _ENV + 176
 SEGMENTS: Final = _ENV + 184  # es cs ss ds fs gs ldtr tr gdtr idtr, SEGMENT_SIZE each
 SEGMENT_SIZE: Final = 24  # selector u32, pad, base u64, limit u32, flags u32
@@ -133,6 +135,7 @@ def _observations(probe: _Probe) -> list[tuple[str, bool]]:
     marks = {b.REG_RSP: 0x1111_2222_3333_0008, b.REG_RDX: 0x5555_6666_7777_0010}
     for register, value in marks.items():
         probe.write(register, value)
+    probe.write(b.REG_RFLAGS, 0x8D7)
     for index, offset in _MSRS.items():
         msr = b.Msr(index, 0x0123_4500 + offset)
         b.check(b.reg_write(probe.engine, b.REG_MSR, ctypes.byref(msr)), "uc_reg_write")
@@ -143,6 +146,7 @@ def _observations(probe: _Probe) -> list[tuple[str, bool]]:
         ("the SYSCALL MSRs", all(probe.at(o) & 0xFFFF_FFFF == 0x0123_4500 + o for o in _MSRS.values())),
         ("CR0", probe.at(CONTROL) & 1 == 1),
         ("EFER", probe.at(EFER) & 0x500 == 0x500),
+        ("the lazy flags", (probe.at(CC_SRC), probe.at(CC_OP, ctypes.c_uint32)) == (0x8D5, 1)),
         ("the hidden flags", probe.at(HFLAGS, ctypes.c_uint32) & (HF_PE | HF_LMA | HF_CS64) == HF_PE | HF_LMA | HF_CS64),
     ]
     probe.run(b"\x66\xb8\x28\x00\x8e\xd8", _PROBE_PAGE)  # mov ax, 0x28; mov ds, ax: #GP(0x28) with an empty GDT

@@ -18,6 +18,8 @@ ENTRIES: Final = 512
 LEVELS: Final = 4
 GPA_LIMIT: Final = 1 << 48
 
+_LEAF: Final = ADDRESS_MASK | PERMISSION_MASK
+
 #: A translated leaf: host page address | permissions (bits 2:0); 0 where nothing is mapped.
 Leaf = int
 
@@ -68,8 +70,8 @@ class ExtendedPageTables:
         index = gpa >> 12 & 511
         if not table or not table[index]:
             raise OptionError(f"GPA {gpa:#x} is not mapped", where="EPT", fix="map it first")
-        table[index] = table[index] & ~PERMISSION_MASK | int(permissions)  # plain: an IntFlag would be slow to test
-        self._leaves.pop(gpa >> 12, None)
+        raw = table[index] = table[index] & ~PERMISSION_MASK | int(permissions)  # plain: an IntFlag is slow to test
+        self._leaves[gpa >> 12] = raw & _LEAF if permissions else 0
 
     def unmap(self, gpa: int) -> None:
         """Make the page not present."""
@@ -81,7 +83,7 @@ class ExtendedPageTables:
         if table is None:
             return 0
         raw = table[gpa >> 12 & 511]
-        leaf = raw & (ADDRESS_MASK | PERMISSION_MASK) if raw & PERMISSION_MASK else 0
+        leaf = raw & _LEAF if raw & PERMISSION_MASK else 0
         self._leaves[gpa >> 12] = leaf
         return leaf
 

@@ -13,8 +13,8 @@ from attrs import evolve
 from vmm.exits import End, IoInstruction, Modification, Record
 from vmm.trace.folding import Folder
 from vmm.trace.names import Names
-from vmm.trace.patches import Patch, block_start, capture
 from vmm.trace.painter import Painter, Style
+from vmm.trace.patches import PatchReader
 from vmm.trace.rendering import Entry, Line, line_of
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 LIMIT: Final = 200
 _WIDTHS: Final = (9, 16, 22)
 _INDENT: Final = " " * (sum(_WIDTHS) + 8)
-#: How far a symbol may be before a patch for its code to be read from there.
-_NEAR: Final = 256
 #: Bytes of console output that one line shows.
 _GATHERED: Final = 64
 
@@ -48,7 +46,7 @@ class ConsoleView:
         self._seq = 0
         self._lines = 0
         self._unseen = 0
-        self._dead: dict[int, Block] = {}
+        self._patches = PatchReader(machine, self._names)
         self._watch_blocks()
 
     def record(self, record: Record) -> None:
@@ -61,7 +59,6 @@ class ConsoleView:
         else:
             self._ungather()
             self._add(self._entry(record))
-        self._dead.clear()
 
     def finish(self) -> None:
         """Show what was held back."""
@@ -107,41 +104,24 @@ class ConsoleView:
     def _entry(self, record: Record) -> Entry:
         if not isinstance(record, Modification):
             return Entry(self._seq, record, self._seq)
-        dead = {number: self._words(block) for number, block in self._dead.items()}
-        return Entry(self._seq, record, self._seq, patch=self._patch(record), dead=dead)
+        words = {block.number: self._words(block) for block in self._patches.casualties(record)}
+        return Entry(self._seq, record, self._seq, patch=self._patches.read(record), dead=words)
 
-    def _patch(self, record: Modification) -> Patch:
-        begin = self._instruction_near(record)
-        mode = self._machine.vcpu.context.mode
-        bits = 64 if mode == "long" else 32 if mode.endswith("32") else 16
-        linked = self._names.linked(begin)
-        return capture(record, begin=begin, linked=linked, bits=bits, read=self._machine.read)
-
-    def _instruction_near(self, record: Modification) -> int:
-        """The GPA of an instruction at or below the patch: where a block that died began, or a symbol is."""
-        starts = (block_start(block, record.gpa) for block in self._dead.values())
-        known = [start for start in starts if start is not None]
-        if known:
-            return max(known)
-        symbol = self._names.near(record.gpa, _NEAR)
-        page = record.gpa & -4096
-        return symbol if symbol is not None and symbol >= page else record.gpa
+    def _words(self, block: Block) -> str:
+        return f"block {block.number}: {block.size} bytes at {self._names.code(block.gva)}"
 
     def _watch_blocks(self) -> None:
-        """Keep each block that dies until the modification that killed it is shown."""
+        """Hear of every block that dies, besides whoever else listens."""
         blocks = self._machine.blocks
         before = blocks.observer
 
         def watch(event: str, block: Block, cause: str) -> None:
             if event == "invalidated":
-                self._dead[block.number] = block
+                self._patches.died(block)
             if before is not None:
                 before(event, block, cause)
 
         blocks.observer = watch
-
-    def _words(self, block: Block) -> str:
-        return f"block {block.number}: {block.size} bytes at {self._names.code(block.gva)}"
 
     # Lines
 

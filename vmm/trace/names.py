@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vmm.guest.loader import Guest
 
 _BRANCH: Final = re.compile(r"(?:j\w+|call|loop\w*|xbegin) .*?(0x[0-9a-f]+)$")
+_NUMBER: Final = re.compile(r"\b0x[0-9a-fA-F]+\b")
 
 
 class Names:
@@ -52,8 +53,15 @@ class Names:
         found = self._symbols.lookup(self.linked(gpa))
         return gpa - found[1] if found is not None and found[1] <= distance else None
 
-    def branch(self, instruction: str) -> str:
-        """The text of an instruction, with the name of where it branches to."""
-        found = _BRANCH.match(instruction)
+    def instruction(self, instruction: str) -> str:
+        """The text of an instruction, with numbers as everywhere else, and the name of where it branches to."""
+        text = _NUMBER.sub(lambda number: hex(int(number[0], 16)), instruction)
+        found = _BRANCH.match(text)
         label = self._symbols.label(int(found[1], 16)) if found else None
-        return f"{instruction} <{label}>" if label else instruction
+        return f"{text} <{label}>" if label else text
+
+
+def symbols_of(guest: Guest) -> dict[str, int]:
+    """The symbols of a guest's image by name, as a script wants them."""
+    symbols = guest.image.symbols
+    return {name: address for name in symbols if (address := symbols.address(name)) is not None}

@@ -22,8 +22,8 @@ from vmm.exits import (
     Mtf,
     Record,
 )
+from vmm.guest.files import one_line
 from vmm.trace.painter import Style
-from vmm.trace.wording import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
@@ -91,10 +91,10 @@ def vector_name(vector: int) -> str:
 
 def _console(entry: Entry, names: Names) -> Line:
     record: Any = entry.record
-    text = quoted(entry.text.decode("utf-8", "replace"))
+    text = one_line(entry.text.decode("utf-8", "replace"))
     times = entry.seq - entry.first + 1
     count = f" x {times}" if times > 1 else ""
-    return Line("IO_INSTRUCTION", names.code(record.rip), f"out {record.port:#x}{count}: {text}", Style.QUIET)
+    return Line("IO_INSTRUCTION", names.code(record.rip), f'out {record.port:#x}{count}: "{text}"', Style.QUIET)
 
 
 def _modification(record: Modification, entry: Entry, names: Names) -> Line:
@@ -105,8 +105,8 @@ def _modification(record: Modification, entry: Entry, names: Names) -> Line:
     if entry.patch is not None and record.old != record.new:
         old, new = entry.patch.difference()
         below[:0] = [
-            *((Style.OLD, f"- {names.branch(text)}") for text in old),
-            *((Style.NEW, f"+ {names.branch(text)}") for text in new),
+            *((Style.OLD, f"- {names.instruction(text)}") for text in old),
+            *((Style.NEW, f"+ {names.instruction(text)}") for text in new),
         ]
     what = f"{names.memory(record.gpa, record.gva)}: {change}{cause}"
     return Line("modification", where, what, Style.CHANGE, tuple(below))

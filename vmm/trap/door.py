@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from attrs import frozen
+from attrs import define
 
 from vmm.exits import Modification
 from vmm.memory import PAGE, GuestMemory
@@ -24,7 +24,7 @@ _OFFSET: Final = PAGE - 1
 Piece = tuple[int, int, bytes]
 
 
-@frozen(slots=True)
+@define(slots=True, eq=False)
 class Change:
     """Bytes that were replaced: where, by which linear address (None: not by one), and what they were."""
 
@@ -86,10 +86,12 @@ class Door:
 
     def invalidate(self, change: Change, cause: str) -> list[Block]:
         """Drop the blocks that overlap bytes which really changed; identical bytes kill nothing."""
-        if change.old == change.new:
-            return []
+        runs = changed_runs(change.old, change.new)
+        if len(runs) == 1:
+            start, size = runs[0]
+            return self._blocks.invalidate(change.hpa + start, size, cause)
         dead: list[Block] = []
-        for start, size in changed_runs(change.old, change.new):
+        for start, size in runs:
             dead += self._blocks.invalidate(change.hpa + start, size, cause)
         return sorted(dead, key=by_number)
 
@@ -138,6 +140,13 @@ class Door:
 
 def changed_runs(old: bytes, new: bytes) -> list[tuple[int, int]]:
     """(start, size) of each run of bytes that differ."""
+    difference = int.from_bytes(old, "little") ^ int.from_bytes(new, "little")
+    if not difference:
+        return []
+    first = (difference & -difference).bit_length() - 1 >> 3
+    size = (difference.bit_length() - 1 >> 3) - first + 1
+    if size == 1 or 0 not in (difference >> 8 * first).to_bytes(size, "little"):
+        return [(first, size)]
     runs = []
     start = None
     for index, (before, after) in enumerate(zip(old, new, strict=True)):

@@ -57,6 +57,10 @@ class FrameControl:
         entry = self._ept.entry(gpa) if gpa < GPA_LIMIT else None
         return entry.address if entry is not None and entry.mapped else None
 
+    def shares_block(self, frame: Frame, hpa: int) -> bool:
+        """Whether a live block that holds the byte at ``hpa`` has bytes in the frame."""
+        return any(block.overlaps(frame.hpa, PAGE) for block in self._blocks.overlapping(hpa, 1))
+
     def move(self, frame: Frame, state: FrameState, cause: str) -> None:
         """Go to a lasting state: data, code, window or sealed. Cached translations of the old one are flushed.
 

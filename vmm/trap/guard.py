@@ -43,10 +43,10 @@ class StepGuard:
     opened: list[Frame] = field(factory=list)
     _pc: int = 0
 
-    def begin(self) -> None:
-        """Start with an instruction; no frame is open."""
+    def begin(self, *, arrived: bool) -> None:
+        """Start with an instruction; no frame is open. ``arrived`` is as for ``Mmu.begin_step``."""
         self.opened.clear()
-        self.vcpu.mmu.begin_step()
+        self.vcpu.mmu.begin_step(arrived=arrived)
         self._pc = self.vcpu.context.pc
 
     def open(self, frame: Frame, access: int) -> None:
@@ -82,7 +82,8 @@ class StepGuard:
 
     def close(self) -> list[Entry]:
         """Restore execute-only and drop what is stale; what the instruction changed in code frames, for ``publish``."""
-        changes = self._changes() if self.vcpu.mmu.undo else []
+        self.vcpu.mmu.end_step()
+        changes = self._changes() if self.opened and self.vcpu.mmu.undo else []
         for frame in self.opened:
             self.control.close(frame)
         return self.door.commit(changes, "store")
@@ -106,13 +107,15 @@ class StepGuard:
         return [self._change(run) for run in runs if any(self._is_code(piece.hpa) for piece in run)]
 
     def _is_code(self, hpa: int) -> bool:
-        frame = self.frames.at(hpa)
-        state = frame.resting if frame.state is FrameState.STEPPING else frame.state
-        return state is not FrameState.DATA and state is not FrameState.WINDOW
+        page = hpa & -PAGE
+        for frame in self.opened:  # noqa: SIM110 - on the way of every trapped write
+            if frame.hpa == page:
+                return frame.resting is not FrameState.DATA and frame.resting is not FrameState.WINDOW
+        return False
 
     def _change(self, run: list[_Piece]) -> Change:
-        old = b"".join(self._before(piece) for piece in run)
-        new = b"".join(self.memory.read(piece.hpa, piece.size) for piece in run)
+        old = b"".join([self._before(piece) for piece in run])
+        new = b"".join([self.memory.read(piece.hpa, piece.size) for piece in run])
         first = run[0]
         return Change(first.hpa, first.gpa, first.gva, old, new)
 

@@ -103,7 +103,7 @@ class Trap:
         Returns None if it completed, else what the run loop has to answer.
         """
         guard = self.guard
-        guard.begin()
+        guard.begin(arrived=violation is not None)
         try:
             outcome = self._let_through(violation)
         finally:
@@ -185,10 +185,15 @@ class Trap:
             self.mmu.walk_again(violation.page)
 
     def _wants_window(self, frame: Frame) -> bool:
-        """Whether to open a window; never for the frame that holds the storing instruction (it would livelock)."""
-        if self.policy.writes == "step" or self.mmu.holds_instruction(frame):
+        """Whether to open a window; never for a frame that must be fetched from to get at the store (a livelock)."""
+        if self.policy.writes == "step" or self.mmu.holds_instruction(frame) or self._is_fetched_with_store(frame):
             return False
         return self.policy.writes == "window" or frame.traps >= HOT_FRAME
+
+    def _is_fetched_with_store(self, frame: Frame) -> bool:
+        """Whether the block that the store is in ends in the frame: it is fetched as a whole, before the store."""
+        host = self.mmu.fetch_host(self.guard.vcpu.context.pc)
+        return host is not None and self.control.shares_block(frame, host)
 
     def _open_window(self, frame: Frame) -> None:
         frame.before = self.memory.read(frame.hpa, PAGE)
