@@ -312,8 +312,8 @@ class Machine:
         spans = self._spans(gva, size)
         mode_flags, mode = self.vcpu.free.live.mode()
         code = b"".join([self.memory.read(address, length) for address, length in spans])
-        self.blocks.create(gva, spans, mode_flags, mode, code)
-        if self.blocks.overfull:
+        block = self.blocks.create(gva, spans, mode_flags, mode, code)
+        if self.blocks.overfull or not self.blocks.holds(block):
             self.vcpu.free.ask_to_stop()
         if block_is_affected(code, 64 if mode == "long" else 32):
             self.loop.step_over(spans)

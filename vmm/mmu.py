@@ -209,14 +209,13 @@ class Mmu:
         """
         self.written = {}
         self.undo = {}
-        context = self._context
-        pc = self._step_pc = context.pc
+        pc, self._step_control, bits = self._context.step_view()
+        self._step_pc = pc
         self._step_page = pc & -PAGE
         if not arrived:
             self._fetch_pages.pop(self._step_page, None)
-        self._step_control = (context.cr0, context.cr3, context.cr4, context.efer, context.cpl == 3)
         self._step_code = self.instruction_bytes(pc)
-        decoded = self.stepped = decode(self._step_code, context.code_bits)
+        decoded = self.stepped = decode(self._step_code, bits)
         self._step_patch = {}
         code = decoded.correction or (self._step_code[: decoded.length] if self.held is not None else b"")
         if code:

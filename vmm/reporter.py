@@ -24,9 +24,11 @@ class Reporter:
         self.observed = False
         #: Whether observers or handlers may act on the guest, so that exits must be at exact boundaries.
         self.interactive = False
-        self._total = 0
-        #: Exits that the guest may take.
+        #: Exits so far; a measure of virtual time, too.
+        self.total = 0
+        #: Exits that the guest may take, and whether it has used them up.
         self.limit = limit
+        self.over_budget = False
         self._observers: list[Observer] = []
         self._handlers: dict[type[Exit], list[Handler[Any]]] = {}
 
@@ -44,17 +46,9 @@ class Reporter:
     def count(self, reason: ExitReason) -> None:
         """One more exit."""
         self.counts[reason] += 1
-        self._total += 1
-
-    @property
-    def total(self) -> int:
-        """Exits so far; a measure of virtual time, too."""
-        return self._total
-
-    @property
-    def over_budget(self) -> bool:
-        """Whether the guest has used up its exits."""
-        return self._total > self.limit
+        self.total += 1
+        if self.total > self.limit:
+            self.over_budget = True
 
     def emit(self, record: Record) -> None:
         """Show a record to the observers."""

@@ -50,16 +50,18 @@ class RunLoop:
     _ending: tuple[str, Json] | None = None
     _interrupted: bool = False
     _time_is_up: bool = False
+    _must_stop: bool = False
     _stepped_block: tuple[Span, ...] = ()
 
     def run(self, seconds: float) -> End:
         """Run to the end; ``seconds`` is the wall-clock limit. Raises ``GuestError`` if the VMM has to give up."""
         with self._watchdog(seconds):
             while self._ending is None:
-                self._deliver_what_is_due()
+                if self.pending or self.interrupts:
+                    self._deliver_what_is_due()
                 if self._ending is None:
                     self._answer(self._enter())
-                if self._must_stop:
+                if self._must_stop or self.reporter.over_budget:
                     self._give_up(seconds)
         reason, detail = self._ending
         end = End(reason, self.vcpu.context.rip, detail)
@@ -73,13 +75,8 @@ class RunLoop:
 
     def break_in(self) -> None:
         """End the run from another thread or a signal handler. The machine cannot go on afterwards."""
-        self._interrupted = True
+        self._must_stop = self._interrupted = True
         self.vcpu.free.ask_to_stop()
-
-    @property
-    def _must_stop(self) -> bool:
-        """Whether a limit is reached or somebody has broken in."""
-        return self._time_is_up or self._interrupted or self.reporter.over_budget
 
     def _give_up(self, seconds: float) -> None:
         if self._interrupted:
@@ -90,7 +87,7 @@ class RunLoop:
             self.finish("exits", {"limit": self.reporter.limit})
 
     def _end_of_time(self) -> None:
-        self._time_is_up = True
+        self._must_stop = self._time_is_up = True
         self.vcpu.free.ask_to_stop()
 
     @contextmanager
@@ -138,7 +135,7 @@ class RunLoop:
         for address, size in spans:
             self.blocks.evict(address, size, "engine defect")
         outcome = None
-        while outcome is None and self._ending is None and not self._must_stop:
+        while outcome is None and self._ending is None and not (self._must_stop or self.reporter.over_budget):
             outcome = self._step()
             here = self.vcpu.mmu.peek(self.vcpu.context.pc)
             if here is None or not any(address <= here < address + size for address, size in spans):
@@ -165,12 +162,12 @@ class RunLoop:
 
     def _answer(self, stop: Stop | Event | None) -> None:
         match stop:
+            case Stop.REFUSED:
+                self._refused()
             case None | Stop.STEPPED:
                 pass
             case Event():
                 self._raise(stop)
-            case Stop.REFUSED:
-                self._refused()
             case Stop.INTERRUPT:
                 self._raise(self.vcpu.exception())
             case Stop.INVALID:
@@ -192,6 +189,11 @@ class RunLoop:
         """A TLB fill was refused: by the guest's page tables, or by the EPT."""
         mmu, refusal = self.vcpu.mmu, self.vcpu.mmu.refusal
         match refusal:
+            case Violation():
+                try:
+                    self._answer(self.trap.answer(refusal))
+                except UnmappedAccess as problem:
+                    self._unmapped(problem.violation)
             case (GuestFault() | NonCanonical()) if self._is_early(refusal.page, refusal.access):
                 self._answer(self._step())
             case (GuestFault() | NonCanonical()) if refusal.access != FETCH and self._is_undefined():
@@ -202,11 +204,6 @@ class RunLoop:
                 stack = refusal.access != FETCH and mmu.on_stack(refusal.page)
                 vector = Vector.SS if stack else Vector.GP
                 self._raise(Event(vector, EventType.HARDWARE_EXCEPTION, 0))
-            case Violation():
-                try:
-                    self._answer(self.trap.answer(refusal))
-                except UnmappedAccess as problem:
-                    self._unmapped(problem.violation)
             case Misconfiguration():
                 self._misconfigured(refusal)
             case None:

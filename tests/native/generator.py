@@ -8,6 +8,7 @@ one of which maps one frame twice in a row. The handlers note CR2, error code, R
 from __future__ import annotations
 
 import random
+import re
 from typing import Final
 
 from keystone import KS_ARCH_X86, KS_MODE_64, Ks  # type: ignore[import-untyped]
@@ -43,8 +44,8 @@ _FUNCTIONS: Final = 40  # slots of a frame that hold functions; the rest of it i
 _SCRATCH: Final = 0x800
 _REGISTERS: Final = ("rbx", "rbp", "r8", "r9", "r12", "r13")
 _CONDITIONS: Final = "o no b ae e ne be a s ns p np l ge le g".split()
-_VECTORS: Final = (0, 1, 3, 6, 13, 14, 0x81)
-_WITH_ERROR_CODE: Final = (13, 14)
+_VECTORS: Final = (0, 1, 3, 6, 12, 13, 14, 16, 0x81)
+_WITH_ERROR_CODE: Final = (12, 13, 14)
 _ks = Ks(KS_ARCH_X86, KS_MODE_64)
 
 
@@ -52,6 +53,12 @@ def assemble(text: str, address: int = BASE) -> bytes:
     """Machine code for Intel-syntax text."""
     encoding, _ = _ks.asm(text, address)
     return bytes(encoding)
+
+
+def _by_register(statement: str) -> str:
+    """The statement with an absolute operand turned into one by RDI (the assembler gets absolute ones wrong)."""
+    found = re.search(r"\[(\d+)\]", statement)
+    return statement if found is None else f"mov edi, {found[1]}; {statement.replace(found[0], '[rdi]')}"
 
 
 def generate(seed: int) -> Program:
@@ -70,11 +77,11 @@ def handlers() -> dict[int, bytes]:
         idt[16 * vector : 16 * vector + 8] = low.to_bytes(8, "little")
         push = "" if vector in _WITH_ERROR_CODE else "push 0;"
         code += assemble(
-            f"""{push} push rax; push rbx; mov rbx, qword ptr [{_LOG}]; mov rax, cr2; mov qword ptr [rbx], rax;
+            f"""{push} push rax; push rbx; mov ebx, {_LOG}; mov rbx, qword ptr [rbx]; mov rax, cr2; mov qword ptr [rbx], rax;
             mov rax, qword ptr [rsp + 16]; mov qword ptr [rbx + 8], rax;
             mov rax, qword ptr [rsp + 24]; mov qword ptr [rbx + 16], rax;
             mov rax, qword ptr [rsp + 40]; mov qword ptr [rbx + 24], rax; mov byte ptr [rbx + 32], {vector};
-            add rbx, 40; mov qword ptr [{_LOG}], rbx;
+            add rbx, 40; mov eax, {_LOG}; mov qword ptr [rax], rbx;
             mov qword ptr [rsp + 24], r15; pop rbx; pop rax; add rsp, 8; iretq""",
             address,
         )
@@ -142,7 +149,7 @@ class _Generator:
             (self.branch, 2), (self.fault, 3), (self.copy, 2), (self.over_the_end, 2),
         )  # fmt: skip
         chosen, _ = self.random.choices(kinds, [weight for _, weight in kinds])[0]
-        return chosen() + ";"
+        return ";".join(map(_by_register, chosen().split(";"))) + ";"
 
     def label(self) -> str:
         self.labels += 1
@@ -256,12 +263,12 @@ class _Generator:
              f"mov rsp, {bad}; push qword ptr [{code}]", f"mov edi, {bad}; movdqu xmmword ptr [rdi], xmm1",
              f"mov ecx, {_HOLE}; jmp rcx", f"mov ecx, {_NO_EXECUTE + 64}; call rcx",
              f"mov edi, {beyond - 5}; mov ecx, 16; mov al, 0x90; rep stosb",
-             f"mov esi, {beyond - 9}; mov edi, {code}; mov ecx, 3; rep movsd",
+             f"mov esi, {beyond - 9}; mov edi, {code}; mov ecx, 3; .byte 0xf3, 0xa5",
              f"mov qword ptr [{beyond - 4}], r9", f"mov edi, {beyond - 4}; xchg qword ptr [rdi], r9",
              f"mov edi, {beyond - 4}; lock xadd qword ptr [rdi], r9", f"mov edi, {beyond - 3}; fldpi; fstp tbyte ptr [rdi]",
              f"mov edi, {beyond - 8}; movups xmmword ptr [rdi], xmm2", f"mov ecx, {beyond - 2}; call rcx",
              "movabs rdi, 0x8000000000000000; mov qword ptr [rdi], r8", "movabs rsp, 0x8000000000000000; push r8",
-             f"mov edi, {_HOLE + 8}; cmpxchg16b xmmword ptr [rdi]", "mov eax, 0x28; mov ds, ax",
+             f"mov edi, {_HOLE + 8}; cmpxchg16b xmmword ptr [rdi]", "mov eax, 0xfff8; mov ds, ax", "mov eax, 8; mov fs, ax",
              f"mov esi, {_HOLE}; mov edi, {code}; movsq", f"mov edi, {beyond - 6}; mov eax, 5; cmpxchg8b qword ptr [rdi]"]
         )  # fmt: skip
         after = self.label()

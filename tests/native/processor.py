@@ -23,6 +23,7 @@ _WITH_ERROR_CODE: Final = frozenset({8, 10, 11, 12, 13, 14, 17})
 _IF, _TF, _IOPL, _RF, _NT, _AC = 1 << 9, 1 << 8, 3 << 12, 1 << 16, 1 << 14, 1 << 18
 _USER_CS, _USER_SS = 0x23, 0x1B
 _KERNEL_CS = 0x08
+_MOST_FAULTS: Final = 1000
 _ENCODED: Final = (
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 )  # fmt: skip
@@ -87,6 +88,8 @@ class _Run:
                 raise Unjudgeable("port I/O, which the process may not do")
             fault = self._fault(trap, code)
             self.faults.append(fault)
+            if len(self.faults) > _MOST_FAULTS:
+                raise Unjudgeable("more exceptions than anybody wants to see")
             if self.program.idt is None:
                 return self._outcome(None, rip_after=0)
             if fault.vector == _PF:

@@ -136,11 +136,11 @@ _PREPARED: Final = {
     "std; rep stosq; cld": "mov ecx, 3",
     "movsb": "mov rsi, r10",
     "movsw": "mov rsi, r10",
-    "movsd": "mov rsi, r10",
+    ".byte 0xa5": "mov rsi, r10",  # movsd, which the assembler takes for the SSE instruction only
     "movsq": "mov rsi, r10",
     "rep movsb": "mov rsi, r10; mov ecx, 13",
     "rep movsw": "mov rsi, r10; mov ecx, 5",
-    "rep movsd": "mov rsi, r10; mov ecx, 3",
+    ".byte 0xf3, 0xa5": "mov rsi, r10; mov ecx, 3",
     "rep movsq": "mov rsi, r10; mov ecx, 3",
     "std; rep movsb; cld": "lea rsi, [r10 + 15]; mov ecx, 13",
     "std; rep movsq; cld": "lea rsi, [r10 + 24]; mov ecx, 3",

@@ -26,10 +26,8 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 class Interruption:
     """Within the ``with`` block SIGINT and SIGTERM call ``break_in`` until ``settle``, and nothing else.
 
-    A signal that comes before ``break_in`` is set waits for it.
-
-    Does nothing outside of the main thread, where Python handles no signals. ``received`` is the number of
-    the first signal, 0 as long as there was none.
+    A signal that comes before ``break_in`` is set waits for it. Does nothing outside of the main thread,
+    where Python handles no signals. ``received`` is the number of the first signal, 0 while there was none.
     """
 
     def __init__(self) -> None:
@@ -64,7 +62,7 @@ class Interruption:
         signal.set_wakeup_fd(self._old_fd)
         for number, handler in self._before.items():
             # A command that was interrupted is about to exit, and must not die of the next signal instead.
-            signal.signal(number, signal.SIG_IGN if self.received else handler)
+            signal.signal(number, signal.SIG_IGN if self.received else handler or signal.SIG_DFL)
         self._mouth.close()
         self._watcher.join()
         self._ear.close()

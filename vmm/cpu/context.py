@@ -7,6 +7,7 @@ another moves the whole processor (0.6 us each way); the fields are read in plac
 from __future__ import annotations
 
 import ctypes
+import struct
 from typing import Final, get_args
 
 from vmm.cpu import binding as b
@@ -27,6 +28,12 @@ RFLAGS_VM: Final = 1 << 17
 EFLAGS_IN_MODE: Final = 0x73100
 _AR_DB: Final = 1 << 14
 _AR_L: Final = 1 << 13
+#: From ``layout.RIP`` on: RIP, hflags, CS base, CR0, CR3, CR4, EFER in one go.
+_CS_BASE: Final = at.SEGMENTS + at.SEGMENT_SIZE + 8
+_STEP_VIEW: Final = struct.Struct(
+    f"<Q{at.HFLAGS - at.RIP - 8}xI{_CS_BASE - at.HFLAGS - 4}xQ{at.CONTROL - _CS_BASE - 8}xQ16xQQ"
+    f"{at.EFER - at.CONTROL - 40}xQ"
+).unpack_from
 
 
 class _SegmentRegister(ctypes.Structure):
@@ -54,6 +61,7 @@ class Context:
         #: Vector of the exception or software interrupt that the last run or step stopped with.
         self.vector = 0
         base = self.pointer
+        self._buffer = memoryview((ctypes.c_uint8 * at.CONTEXT_SIZE).from_address(base))
         self.gprs: Final = (b.u64 * 16).from_address(base + at.GPRS)
         self._rip = b.u64.from_address(base + at.RIP)
         self._hflags = ctypes.c_uint32.from_address(base + at.HFLAGS)
@@ -306,6 +314,13 @@ class Context:
     def virtual_8086(self) -> bool:
         """Whether RFLAGS.VM is set (never in IA-32e mode)."""
         return not self.efer & EFER_LMA and bool(self.rflags & RFLAGS_VM)
+
+    def step_view(self) -> tuple[int, tuple[int, int, int, int, bool], int]:
+        """What a step starts from: linear address, (CR0, CR3, CR4, EFER, ring 3?), width of the code segment."""
+        rip, hflags, code_base, cr0, cr3, cr4, efer = _STEP_VIEW(self._buffer, at.RIP)
+        pc = code_base + rip & 0xFFFF_FFFF if code_base else rip
+        bits = 64 if hflags & at.HF_CS64 else 32 if hflags & at.HF_CS32 else 16
+        return pc, (cr0, cr3, cr4, efer, hflags & 3 == 3), bits
 
     # What is not architectural but decides how the guest goes on
 

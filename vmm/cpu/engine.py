@@ -219,6 +219,11 @@ class Engine:
         self.failure = failure
         self.ask_to_stop()
 
+    def _fail_before_instruction(self, failure: BaseException) -> None:
+        """As if the instruction whose callback this is had not been reached: the machine can go on from there."""
+        self.failure = failure
+        self._stop_before_instruction(Stop.ASKED)
+
     def _on_fill(self, _engine: int, page: int, access: int, entry: Any, _data: int) -> bool:
         if self._window_open:
             entry[0], entry[1] = page - self._window, X
@@ -254,7 +259,7 @@ class Engine:
         try:
             value = self.environment.port_in(port, size)
         except BaseException as failure:  # noqa: BLE001 - raised after the stop
-            self._fail(failure)
+            self._fail_before_instruction(failure)
             return 0
         if value is None:
             self._stop_before_instruction(Stop.EXACT)
@@ -267,7 +272,7 @@ class Engine:
         try:
             done = self.environment.port_out(port, size, value & (1 << 8 * size) - 1)
         except BaseException as failure:  # noqa: BLE001 - raised after the stop
-            self._fail(failure)
+            self._fail_before_instruction(failure)
             return
         if not done:
             self._stop_before_instruction(Stop.EXACT)
@@ -279,7 +284,7 @@ class Engine:
         try:
             done = self.environment.cpuid(leaf & 0xFFFF_FFFF, subleaf & 0xFFFF_FFFF)
         except BaseException as failure:  # noqa: BLE001 - raised after the stop
-            self._fail(failure)
+            self._fail_before_instruction(failure)
             return 0
         if not done:
             self._stop_before_instruction(Stop.EXACT)
@@ -297,7 +302,7 @@ class Engine:
         try:
             value = self.environment.timestamp(with_processor_id=with_processor_id)
         except BaseException as failure:  # noqa: BLE001 - raised after the stop
-            self._fail(failure)
+            self._fail_before_instruction(failure)
             return 1
         if value is None:
             self._stop_before_instruction(Stop.EXACT)

@@ -66,7 +66,7 @@ class ExtendedPageTables:
 
     def protect(self, gpa: int, permissions: Permission) -> None:
         """Change what the entry of a mapped page allows."""
-        table = self._leaf_table(gpa)
+        table = self._last_level.get(gpa >> 21) or self._leaf_table(gpa)
         index = gpa >> 12 & 511
         if not table or not table[index]:
             raise OptionError(f"GPA {gpa:#x} is not mapped", where="EPT", fix="map it first")

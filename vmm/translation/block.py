@@ -38,11 +38,12 @@ class Block:
     granules: tuple[int, ...] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.key = (self.gva, self.spans[0][0], self.mode_flags)
-        granules: tuple[int, ...] = ()
-        for address, size in self.spans:
-            granules += granules_of(address, size)
-        self.granules = granules
+        spans = self.spans
+        address, size = spans[0]
+        self.key = (self.gva, address, self.mode_flags)
+        self.granules = granules_of(address, size)
+        for address, size in spans[1:]:
+            self.granules += granules_of(address, size)
 
     @property
     def hpa(self) -> int:

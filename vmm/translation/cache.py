@@ -49,6 +49,10 @@ class BlockCache:
         """The live block with this key."""
         return self._blocks.get((gva, hpa, mode_flags))
 
+    def holds(self, block: Block) -> bool:
+        """Whether a block is still alive."""
+        return self._blocks.get(block.key) is block
+
     def overlapping(self, hpa: int, size: int) -> list[Block]:
         """Live blocks with a byte in [hpa, hpa + size), in order of creation."""
         found: dict[Key, Block] = {}

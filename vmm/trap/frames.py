@@ -116,9 +116,8 @@ class FrameControl:
             self._reporter.emit(FrameEvent(frame.gpas[0], before, after, cause))
 
     def _protect(self, frame: Frame, permissions: Permission) -> None:
-        protect = self._ept.protect
         for gpa in frame.gpas:
-            protect(gpa, permissions)
+            self._ept.protect(gpa, permissions)
 
     def _verify(self, frame: Frame) -> None:
         if self._check:
