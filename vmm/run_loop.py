@@ -63,6 +63,7 @@ class RunLoop:
                     self._answer(self._enter())
                 if self._must_stop or self.reporter.over_budget:
                     self._give_up(seconds)
+        self.trap.close_windows()
         reason, detail = self._ending
         end = End(reason, self.vcpu.context.rip, detail)
         self.reporter.emit(end)

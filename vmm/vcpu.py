@@ -7,7 +7,7 @@ from typing import Protocol
 from vmm.cpu import binding as b
 from vmm.cpu import layout
 from vmm.cpu.context import Context
-from vmm.cpu.early_flags import are_computed
+from vmm.cpu.early_flags import computes_flags, is_conditional_store
 from vmm.cpu.engine import Engine, Stop
 from vmm.cpu.events import Event, EventType
 from vmm.cpu.free import FreeRunningEngine
@@ -73,9 +73,10 @@ class VirtualCpu:
     def step(self) -> Stop:
         """Execute one instruction on the stepping engine."""
         self.stepped = True
+        flags = self.context.raw_flags
         stop = self.stepping.step(self.context)
         if stop is Stop.REFUSED:
-            self._mend_flags()
+            self.context.raw_flags = flags  # quirk "early-flags"
         return stop
 
     def reset_to(self, boot: BootState) -> None:
@@ -104,16 +105,17 @@ class VirtualCpu:
         return stop
 
     def _mend_flags(self) -> None:
-        """Undo what a refused instruction did to the flags (quirk "early-flags")."""
+        """Undo what a refused SETcc did to the flags (quirk "early-flags")."""
         context = self.context
         code = self.mmu.instruction_bytes(context.pc)
-        if are_computed(code, *context.lazy_flags, context.code_bits, self._block_so_far):
-            context.recover_flags()
+        if is_conditional_store(code) and context.flags_may_be_computed:
+            if computes_flags(code, context.flag_operation, self._block_so_far(), context.code_bits):
+                context.recover_flags()
 
     def _block_so_far(self) -> bytes | None:
         """The code from the start of the block that the engine is in up to RIP; None if that is not known."""
         pc = self.context.pc
-        host = None if self.stepped else self.mmu.fetch_host(pc)
+        host = self.mmu.fetch_host(pc)
         if host is None:
             return None
         inside = [b for b in self._blocks.overlapping(host, 1) if b.gva <= pc < b.gva + b.size]

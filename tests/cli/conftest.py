@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from vmm.cli import main
 
+
 @pytest.fixture
 def vmm():
     """Runs ``vmm`` with these arguments in this process."""

@@ -1,6 +1,7 @@
 """Bad input gets one line that says where, what and what to do, status 2, and leaves no file behind."""
 
 import os
+from pathlib import Path
 
 import pytest
 from cli_guests import END_0X2A
@@ -68,7 +69,7 @@ def test_two_names_of_one_file(vmm, guest, tmp_path):
     assert "the same file as --trace" in line
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("option", ["--trace", "--state"])
 def test_a_full_disk(vmm, guest, tmp_path, option):
     other = {"--trace": "--state", "--state": "--trace"}[option]
@@ -80,20 +81,16 @@ def test_a_full_disk(vmm, guest, tmp_path, option):
 def test_a_full_disk_in_the_middle_of_a_run_leaves_nothing(vmm, guest, tmp_path, monkeypatch):
     from vmm.commands import outputs
 
-    def full(_self, _data):
-        raise OSError(28, "No space left on device")
+    def full(file, _data):
+        raise file._error(OSError(28, "No space left on device"))
 
-    monkeypatch.setattr(outputs.OutputFile, "write", lambda self, data: _failing(self, data))
+    monkeypatch.setattr(outputs.OutputFile, "write", full)
     trace = tmp_path / "trace"
     trace.write_text("what was there before")
     line = refused(vmm("run", "read-code", "-q", "--trace", trace))
     assert "No space left on device" in line
     assert trace.read_text() == "what was there before"
     assert [path.name for path in tmp_path.iterdir()] == ["trace"]
-
-
-def _failing(file, _data):
-    raise file._error(OSError(28, "No space left on device"))
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")

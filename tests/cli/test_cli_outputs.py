@@ -79,7 +79,8 @@ def test_a_state(vmm, tmp_path, guest):
 
 def test_standard_output_as_a_file(vmm, guest):
     result = vmm("run", guest(END_0X2A), "--trace", "-")
-    assert [json.loads(line).get("kind") for line in result.stdout.splitlines()] == [None, "exit", "frame", "exit", "end"]
+    kinds = [json.loads(line).get("kind") for line in result.stdout.splitlines()]
+    assert kinds == [None, "exit", "frame", "exit", "end"]
     assert "written to port 0xf4" in result.stderr
 
 

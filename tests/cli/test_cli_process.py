@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from cli_guests import END_0X2A, EXITS_FOR_EVER, ROOT, SPIN
+from cli_guests import EXITS_FOR_EVER, ROOT, SPIN
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
@@ -83,10 +84,10 @@ def test_nobody_reads_at_all(process, command):
     assert b"BrokenPipe" not in complaint
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("command", [["guests"], ["run", "patch-ahead"]])
 def test_no_room_for_standard_output(process, command):
-    with open("/dev/full", "wb") as full:
+    with Path("/dev/full").open("wb") as full:
         child = process(*command, stdout=full)
     complaint = child.stderr.read()
     assert child.wait(20) == 2

@@ -265,8 +265,7 @@ class _Generator:
              f"mov edi, {beyond - 5}; mov ecx, 16; mov al, 0x90; rep stosb",
              f"mov esi, {beyond - 9}; mov edi, {code}; mov ecx, 3; .byte 0xf3, 0xa5",
              f"mov qword ptr [{beyond - 4}], r9", f"mov edi, {beyond - 4}; xchg qword ptr [rdi], r9",
-             f"mov edi, {beyond - 4}; lock xadd qword ptr [rdi], r9", f"mov edi, {beyond - 3}; fldpi; fstp tbyte ptr [rdi]",
-             f"mov edi, {beyond - 8}; movups xmmword ptr [rdi], xmm2", f"mov ecx, {beyond - 2}; call rcx",
+             f"mov edi, {beyond - 4}; lock xadd qword ptr [rdi], r9", f"mov edi, {beyond - 2}; add dword ptr [rdi], r9d", f"mov ecx, {beyond - 2}; call rcx",
              "movabs rdi, 0x8000000000000000; mov qword ptr [rdi], r8", "movabs rsp, 0x8000000000000000; push r8",
              f"mov edi, {_HOLE + 8}; cmpxchg16b xmmword ptr [rdi]", "mov eax, 0xfff8; mov ds, ax", "mov eax, 8; mov fs, ax",
              f"mov esi, {_HOLE}; mov edi, {code}; movsq", f"mov edi, {beyond - 6}; mov eax, 5; cmpxchg8b qword ptr [rdi]"]

@@ -204,3 +204,10 @@ def test_a_record_that_matches_nothing_costs_little():
         matcher.feed(record)
     assert (time.perf_counter() - begin) / len(run) < 5 * 5e-6
     assert not matcher.failed
+
+
+def test_of_several_next_lines_the_one_is_named_that_came_closest():
+    body = "any order {\nnext modification gpa=1 new=90\nnext modification gpa=2 new=91\n}"
+    assert verdict(body, "modification gpa=2 new=92").divergence.line == 4
+    assert verdict(body, "modification gpa=1 new=92").divergence.line == 3
+    assert verdict(body, "exit HLT").divergence.line == 3

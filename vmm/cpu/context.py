@@ -65,6 +65,7 @@ class Context:
         self.gprs: Final = (b.u64 * 16).from_address(base + at.GPRS)
         self._rip = b.u64.from_address(base + at.RIP)
         self._hflags = ctypes.c_uint32.from_address(base + at.HFLAGS)
+        self._all_flags = (ctypes.c_uint8 * (at.HFLAGS - at.EFLAGS)).from_address(base + at.EFLAGS)
         self._cc_src = b.u64.from_address(base + at.CC_SRC)
         self._cc_op = ctypes.c_uint32.from_address(base + at.CC_OP)
         self._eflags = ctypes.c_uint32.from_address(base + at.EFLAGS)
@@ -166,9 +167,23 @@ class Context:
         self.rflags = self.rflags
 
     @property
-    def lazy_flags(self) -> tuple[int, int]:
-        """What the engine computes the arithmetic flags from: QEMU's CC_OP and CC_SRC."""
-        return self._cc_op.value, self._cc_src.value
+    def raw_flags(self) -> bytes:
+        """RFLAGS as the engine keeps it, with what it computes the arithmetic flags from; to be given back."""
+        return bytes(self._all_flags)
+
+    @raw_flags.setter
+    def raw_flags(self, value: bytes) -> None:
+        self._all_flags[:] = value
+
+    @property
+    def flag_operation(self) -> int:
+        """Which operation CC_DST, CC_SRC and CC_SRC2 belong to: QEMU's CC_OP."""
+        return self._cc_op.value
+
+    @property
+    def flags_may_be_computed(self) -> bool:
+        """Whether CC_SRC could be arithmetic flags, and not an operand."""
+        return not self._cc_src.value & ~ARITHMETIC
 
     def recover_flags(self) -> None:
         """Take the arithmetic flags from where an interrupted instruction left them (quirk "early-flags")."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from attrs import evolve
 
 from vmm.exits import End, IoInstruction, Modification, Record
-from vmm.trace.folding import Folder
+from vmm.trace.folding import Item, NestedFolder, Skipped
 from vmm.trace.names import Names
 from vmm.trace.painter import Painter, Style
 from vmm.trace.patches import PatchReader
@@ -41,7 +41,7 @@ class ConsoleView:
         self._everything = everything
         self._names = Names(machine.guest)
         self._console_port = machine.guest.manifest.console.port
-        self._folder: Folder[Entry] = Folder(self._show, self._show_skipped)
+        self._folder = NestedFolder(self._show)
         self._gathered: Entry | None = None
         self._seq = 0
         self._lines = 0
@@ -77,7 +77,7 @@ class ConsoleView:
         elif self._everything:
             self._show(entry)
         else:
-            self._folder.add(entry, entry.shape)
+            self._folder.add(entry)
 
     # Console output
 
@@ -125,10 +125,15 @@ class ConsoleView:
 
     # Lines
 
-    def _show(self, entry: Entry) -> None:
-        if self._full and not isinstance(entry.record, End):
-            self._unseen += entry.seq - entry.first + 1
-            return
+    def _show(self, item: Item) -> None:
+        if self._full and not (isinstance(item, Entry) and isinstance(item.record, End)):
+            self._unseen += item.seq - item.first + 1
+        elif isinstance(item, Entry):
+            self._show_entry(item)
+        elif isinstance(item, Skipped):
+            self._show_note(f"{item.seq - item.first + 1:,} more like these, up to {item.seq}")
+
+    def _show_entry(self, entry: Entry) -> None:
         line = line_of(entry, self._names)
         number = str(entry.seq) if entry.first == entry.seq else f"{entry.first}-{entry.seq}"
         self._painter.line(_columns(number, line), line.style)
@@ -136,17 +141,13 @@ class ConsoleView:
             self._painter.line(_INDENT + text, style)
         self._lines += 1 + len(line.below)
 
-    def _show_skipped(self, count: int, last: Entry) -> None:
-        if self._full:
-            self._unseen += count
-            return
-        self._painter.line(f"{'...':>{_WIDTHS[0]}}  {count:,} more like these, up to {last.seq}", Style.QUIET)
+    def _show_note(self, text: str) -> None:
+        self._painter.line(f"{'...':>{_WIDTHS[0]}}  {text}", Style.QUIET)
         self._lines += 1
 
     def _tell_unseen(self) -> None:
         if self._unseen:
-            more = f"{self._unseen:,} more records (--all shows them, --trace keeps them)"
-            self._painter.line(f"{'...':>{_WIDTHS[0]}}  {more}", Style.QUIET)
+            self._show_note(f"{self._unseen:,} more records (--all shows them, --trace keeps them)")
 
 
 def _columns(number: str, line: Line) -> str:

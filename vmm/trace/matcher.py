@@ -195,8 +195,13 @@ class Matcher:
             return
         awaited = list(self._root.awaited())
         notes = [explain_other(state.node.pattern, self.number, record, self.captures) for state in awaited]
-        what = f"`next` wants {awaited[0].node.pattern.title()} here, but #{self.number} came"
-        self._fail(awaited[0].node.line, what, record=self.number, notes=notes)
+        wanted = max((state.node for state in awaited), key=lambda node: self._closeness(node.pattern, record))
+        what = f"`next` wants {wanted.pattern.title()} here, but #{self.number} came"
+        self._fail(wanted.line, what, record=self.number, notes=notes)
+
+    def _closeness(self, pattern: Pattern, record: Json) -> int:
+        """How many conditions hold of a record of the right sort; -1 for another sort."""
+        return pattern.held(record, self.captures) if pattern.concerns(record) else -1
 
     def _perform(self, actions: tuple[Action, ...], line: int, record: Json) -> None:
         if self._actions is None:
