@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from vmm.cpu.engine import Engine
+from vmm.cpu.events import Event
 from vmm.decode import io_operands
 from vmm.devices import PortBus
-from vmm.exits import Cpuid, ExitReason, IoInstruction, Rdtsc, Rdtscp
+from vmm.exits import Cpuid, Exit, ExitReason, IoInstruction, Rdtsc, Rdtscp
 from vmm.mmu import Mmu
 from vmm.reporter import Reporter
 
@@ -29,6 +31,8 @@ class InstructionExits:
         #: What a script wants the current IN to read.
         self.override: int | None = None
         self.mmu: Mmu
+        #: Has an event delivered before the next instruction.
+        self.inject: Callable[[Event], None]
         self._reporter = reporter
 
     @property
@@ -57,7 +61,7 @@ class InstructionExits:
         if not exact and (self._wants_boundary or self.bus.is_exact(port)):
             return False
         self._reporter.count(ExitReason.IO_INSTRUCTION)
-        if not self._reporter.observed or self._report(engine, port, size, value, "out") is not True:
+        if not (self._reporter.observed and self._report(engine, port, size, value, "out")):
             self.bus.write(port, size, value)
         return True
 
@@ -67,7 +71,7 @@ class InstructionExits:
             return False
         self._reporter.count(ExitReason.CPUID)
         if self._reporter.observed:
-            self._reporter.exit(Cpuid(rip=engine.rip, leaf=leaf, subleaf=subleaf))
+            self._consult(Cpuid(rip=engine.pc, leaf=leaf, subleaf=subleaf))
         return True
 
     def timestamp(self, engine: Engine, *, with_processor_id: bool, exact: bool) -> int | None:
@@ -78,12 +82,12 @@ class InstructionExits:
         now = self._reporter.total * TICKS_PER_EXIT
         if self._reporter.observed:
             kind = Rdtscp if with_processor_id else Rdtsc
-            self._reporter.exit(kind(rip=engine.rip, value=now))
+            self._consult(kind(rip=engine.pc, value=now))
         return now
 
-    def _report(self, engine: Engine, port: int, size: int, value: int, direction: str) -> object:
-        rip = engine.rip
-        string, repeated, immediate = io_operands(self.mmu.instruction_bytes(engine.linear(rip)))
+    def _report(self, engine: Engine, port: int, size: int, value: int, direction: str) -> bool:
+        pc = engine.pc
+        string, repeated, immediate = io_operands(self.mmu.instruction_bytes(pc))
         qualification = (
             size - 1
             | (_IN if direction == "in" else 0)
@@ -92,8 +96,13 @@ class InstructionExits:
             | immediate << 6
             | port << 16
         )
-        return self._reporter.exit(
-            IoInstruction(
-                rip=rip, port=port, size=size, direction=direction, value=value, qualification=qualification
-            )
+        return self._consult(
+            IoInstruction(rip=pc, port=port, size=size, direction=direction, value=value, qualification=qualification)
         )
+
+    def _consult(self, record: Exit) -> bool:
+        """Show an exit; whether a handler has dealt with it. An event that one wants comes after the instruction."""
+        decision = self._reporter.exit(record)
+        if isinstance(decision, Event):
+            self.inject(decision)
+        return decision is True

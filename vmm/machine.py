@@ -87,6 +87,7 @@ class Machine:
             check=self.options.check,
         )
         self.loop: Final = self._make_loop()
+        self.instruction_exits.inject = self.loop.pending.append
         #: How the run ended, once it has.
         self.end: End | None = None
         self.auditor: Final = Auditor(self.blocks, self.memory.read)

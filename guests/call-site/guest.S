@@ -2,7 +2,7 @@
 #
 # What dynamic linkers of JIT code and kernels (static calls, alternatives) do. Each site starts as the six
 # bytes of `call [rip + table entry]`; all entries point to `resolve`, which finds the site from its return
-# address, overwrites it with `call rel32` and a NOP, and goes on to the function. Three sites run twenty
+# address, overwrites it with a NOP and `call rel32`, and goes on to the function. Three sites run twenty
 # times each: `resolve` must run three times in all, and stale sites would run it sixty times.
 
         .include "guest.inc"
@@ -41,10 +41,9 @@ resolve:
         mov     rsi, [rsi + functions - table]  # ... and the function that belongs to it
         mov     rdx, rsi
         sub     rdx, rdi
-        sub     rdx, 5                  # rel32 counts from the end of the five-byte call
-        mov     byte ptr [rdi + 5], 0x90
-writer: mov     dword ptr [rdi + 1], edx
-        mov     byte ptr [rdi], 0xe8
+        sub     rdx, 6                  # rel32 counts from the end of the call
+writer: mov     dword ptr [rdi + 2], edx
+        mov     word ptr [rdi], 0xe890  # a NOP in front: the call ends, and returns, where the old one did
         jmp     rsi                     # returns behind the site's six bytes
 
         .balign 64, 0xcc

@@ -24,9 +24,9 @@
 _start: xor     r15d, r15d
         xor     r14d, r14d              # how many checks
         mov     edi, offset target
+        say     "lock-rmw checked "     # changes rsi
         mov     esi, offset constant_1
         mov     ebp, offset constant_2
-        say     "lock-rmw checked "
         mov     r13d, 3                 # rounds: each starts from what the one before left
 round:
         lock inc byte ptr [rsi]

@@ -167,14 +167,10 @@ class Engine:
     # The state of the running guest, for callbacks
 
     @property
-    def rip(self) -> int:
-        """RIP of the running engine."""
-        return self.register(b.REG_RIP)
-
-    def linear(self, rip: int) -> int:
-        """The linear address of an offset in the code segment of the running guest."""
+    def pc(self) -> int:
+        """The linear address of the instruction that the running engine is at."""
         assert self._context is not None
-        return self._context.code_base + rip
+        return self._context.code_base + self.register(b.REG_RIP) & 0xFFFF_FFFF_FFFF_FFFF
 
     def register(self, number: int) -> int:
         """A register of the running engine, by its Unicorn number."""

@@ -22,9 +22,12 @@ class SteppingEngine(Engine):
         #: (host address, size in bytes) of each store of the last step, in order; a store that straddles a page
         #: is there once, with the address of its first byte.
         self.writes: list[tuple[int, int]] = []
-        self._slots: dict[int, int] = {}
+        self._slots: dict[int, int] = {}  # page -> slot of its last copy
+        self._owners: dict[int, int] = {}  # and back
         self._latched: dict[int, bytes] = {}
         self._next_slot = 0
+        #: Slots that the current step fetches from.
+        self._in_use: set[int] = set()
         super().__init__(memory)
         self._private.write(_HLT_SLOT * PAGE, b"\xf4" * PAGE)
 
@@ -39,6 +42,7 @@ class SteppingEngine(Engine):
         HLT counts as stepped; whoever asks for the step knows the instruction.
         """
         self.writes.clear()
+        self._in_use.clear()
         self.flush_tlb()
         self._start(context, 1, b.emu_step)
         return self.stop or Stop.STEPPED
@@ -46,19 +50,20 @@ class SteppingEngine(Engine):
     def latch(self, hpa: int, patch: tuple[int, bytes] | None = None) -> int:
         """The host address of an up-to-date copy of the page at ``hpa``, for fetching from.
 
-        ``patch`` replaces bytes of the copy: (offset in the page, bytes).
+        ``patch`` replaces bytes of the copy: (offset in the page, bytes). Changed contents get a new place: the
+        engine asks for the second page of an instruction when it has already chosen a translation by its first.
         """
         content = self._memory.read(hpa, PAGE)
         if patch is not None:
             offset, data = patch
             content = content[:offset] + data + content[offset + len(data) :]
         slot = self._slots.get(hpa)
-        if slot is None:
+        if slot is None or self._latched[slot] != content:
             slot = self._take_slot(hpa)
-        if self._latched.get(slot) != content:
             self._latched[slot] = content
             self._private.write(slot * PAGE, content)
             self.forget(PRIVATE_BASE + slot * PAGE, PAGE)
+        self._in_use.add(slot)
         return PRIVATE_BASE + slot * PAGE
 
     @property
@@ -68,9 +73,13 @@ class SteppingEngine(Engine):
 
     def _take_slot(self, hpa: int) -> int:
         slot = self._next_slot
+        while slot in self._in_use:
+            slot = (slot + 1) % _HLT_SLOT
         self._next_slot = (slot + 1) % _HLT_SLOT
-        for other in [page for page, used in self._slots.items() if used == slot]:
-            del self._slots[other]
+        owner = self._owners.get(slot)
+        if owner is not None and self._slots.get(owner) == slot:
+            del self._slots[owner]
+        self._owners[slot] = hpa
         self._slots[hpa] = slot
         return slot
 
