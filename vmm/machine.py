@@ -133,7 +133,8 @@ class Machine:
         return f"guest at {context.pc:#x}{f' ({label})' if label else ''}, {context.mode} mode, ring {context.cpl}"
 
     def stop(self) -> None:
-        """End the run at the next boundary; for handlers and observers."""
+        """End the run at this boundary, for handlers and observers: what an EPT violation refused stays undone."""
+        self.reporter.stopped = True
         self.loop.finish("stopped", {})
 
     def break_in(self) -> None:

@@ -428,6 +428,19 @@ class Mmu:
         decoded = self.decode_at(self._context, self._context.rip)
         return any(o.segment == 2 and operand_address(o, self._context) & -PAGE == page for o in decoded.operands)
 
+    def forbids_write(self, page: int) -> bool:
+        """Whether the guest's page tables forbid a store to a linear page; the fault is then the ``refusal``."""
+        context = self._context
+        try:
+            with self.structure_access(_NO_WRITER):
+                walk(
+                    self, self.current_mode(), context.cr3, page, Access.WRITE, user=context.cpl == 3, set_bits=False
+                )
+        except PageFault as fault:
+            self.refusal = GuestFault(page, WRITE, fault.error_code)
+            return True
+        return False
+
     def walk_again(self, page: int) -> None:
         """Repeat the walk for a store to a linear page, so that the flags it sets go through the door."""
         context = self._context

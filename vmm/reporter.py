@@ -29,6 +29,8 @@ class Reporter:
         #: Exits that the guest may take, and whether it has used them up.
         self.limit = limit
         self.over_budget = False
+        #: Whether the host has ended the run: an access that is due at an exit is not let through any more.
+        self.stopped = False
         self._observers: list[Observer] = []
         self._handlers: dict[type[Exit], list[Handler[Any]]] = {}
 

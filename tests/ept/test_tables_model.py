@@ -36,7 +36,9 @@ class TablesAgainstDictionary(RuleBasedStateMachine):
         self.ept.map_range(first * PAGE, hpa, count * PAGE, allowed)
         for i in range(count):
             self.model[(first + i) * PAGE] = hpa + i * PAGE, allowed
-        self.asked.update(((first - 1) * PAGE % (1 << 48), first * PAGE, (first + count - 1) * PAGE, (first + count) * PAGE))
+        self.asked.update(
+            ((first - 1) * PAGE % (1 << 48), first * PAGE, (first + count - 1) * PAGE, (first + count) * PAGE)
+        )
 
     @rule(gpa=pages, allowed=permissions)
     def protect(self, gpa: int, allowed: Permission) -> None:
@@ -88,7 +90,7 @@ def test_permissions_are_bits_0_to_2(bits):
 
 @pytest.mark.parametrize("text", ["", "rw", "rwxx", "xwr", "r w", "rw1"])
 def test_permission_text_in_another_form_is_refused(text):
-    with pytest.raises(ValueError, match="^"):
+    with pytest.raises(ValueError, match=r"^"):
         Permission.parse(text)
 
 

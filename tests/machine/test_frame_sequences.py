@@ -201,12 +201,12 @@ def run_sequence(sequence: list, policy: Policy):
     maps = [map_page(FIRST, FIRST, pages=FRAMES), map_page(ALIAS + FIRST, FIRST, pages=FRAMES)]
     maps += [map_page(gpa, gpa) for gpa in range(SPARE, SPARE + SPARES * PAGE, PAGE)]
     ret = bytes([RET])
-    made = tiny.build(
-        {CODE: LOOP, FIRST: ret * PAGE * FRAMES}, maps=maps, options=STRICT, code=(CODE,), policy=policy
-    )
+    made = tiny.build({CODE: LOOP, FIRST: ret * PAGE * FRAMES}, maps=maps, options=STRICT, code=(CODE,), policy=policy)
     director = Director([("alias", i, 0) for i in range(SPARES)] + list(sequence))
     # Not by its own name, which is that of the port's operation.
-    director.pending = [("write_memory", *rest) if kind == "write" else (kind, *rest) for kind, *rest in director.pending]
+    director.pending = [
+        ("write_memory", *rest) if kind == "write" else (kind, *rest) for kind, *rest in director.pending
+    ]
     director.machine = made.machine
     made.machine.ports.attach(director, PORT)
 
@@ -227,12 +227,22 @@ def run_sequence(sequence: list, policy: Policy):
 HERE, THERE = FIRST, ALIAS + FIRST
 
 
-@given(st.lists(operations, max_size=25), st.sampled_from(["step", "window", "adaptive"]), st.sampled_from(["step", "grant"]))
+@given(
+    st.lists(operations, max_size=25),
+    st.sampled_from(["step", "window", "adaptive"]),
+    st.sampled_from(["step", "grant"]),
+)
 @settings(max_examples=80, deadline=None)
-@example([("call", HERE), ("protect", FIRST, Permission.R | Permission.W), ("store", HERE, STC), ("call", THERE)], "step", "step")
+@example(
+    [("call", HERE), ("protect", FIRST, Permission.R | Permission.W), ("store", HERE, STC), ("call", THERE)],
+    "step",
+    "step",
+)
 @example([("protect", FIRST, Permission.X), ("call", HERE), ("write", FIRST, STC), ("call", HERE)], "step", "step")
 @example([("protect", FIRST, Permission.R), ("store", HERE, STC), ("call", HERE), ("call", HERE)], "step", "step")
 @example([("call", HERE), ("store", HERE, STC), ("seal", 0), ("call", HERE), ("store", HERE, NOP)], "window", "step")
-@example([("alias", 0, 1), ("call", SPARE), ("alias", 0, 2), ("store", FIRST + PAGE, STC), ("call", SPARE)], "step", "grant")
+@example(
+    [("alias", 0, 1), ("call", SPARE), ("alias", 0, 2), ("store", FIRST + PAGE, STC), ("call", SPARE)], "step", "grant"
+)
 def test_rules_hold_and_results_are_right(sequence, writes, reads):
     run_sequence(sequence, Policy(reads=reads, writes=writes, code="fetch"))

@@ -32,7 +32,7 @@ class TestGuestMemory:
 
     def test_a_write_that_does_not_fit_changes_nothing(self):
         memory = GuestMemory(PAGE)
-        with pytest.raises(ValueError, match="^"):
+        with pytest.raises(ValueError, match=r"^"):
             memory.write(PAGE - 1, b"\x01\x02")
         assert memory.read(0, PAGE) == bytes(PAGE)
 

@@ -7,7 +7,17 @@ import tiny
 from tiny import CODE, DATA, PAGE, STACK, map_page
 
 from vmm.cpu.events import Event, EventType, Vector
-from vmm.exits import Cpuid, EptViolation, ExceptionExit, ExitReason, ExternalInterrupt, Hlt, Injection, Modification, Mtf
+from vmm.exits import (
+    Cpuid,
+    EptViolation,
+    ExceptionExit,
+    ExitReason,
+    ExternalInterrupt,
+    Hlt,
+    Injection,
+    Modification,
+    Mtf,
+)
 from vmm.guest.manifest import Limits
 from vmm.machine import RunOptions
 
@@ -28,7 +38,9 @@ def build(code: str, *, single_step: bool = False, **rest):
     made = tiny.build(
         {
             CODE: code,
-            HANDLERS: tiny.assemble(f"push rbx; mov ebx, {COUNT}; inc dword ptr [rbx]; pop rbx; mov r12, [rsp]; iretq", HANDLERS),
+            HANDLERS: tiny.assemble(
+                f"push rbx; mov ebx, {COUNT}; inc dword ptr [rbx]; pop rbx; mov r12, [rsp]; iretq", HANDLERS
+            ),
             DATA: bytes(16 * VECTOR) + gate(HANDLERS),
             TARGET: b"\x90" * 64 + b"\x10\0",
         },
@@ -74,7 +86,9 @@ class TestInterrupts:
 
     def test_waits_behind_a_load_of_ss(self, single_step):
         """Raised in the middle of it: its operand lies in a code frame."""
-        made = build(f"sti; nop; mov ebx, {TARGET + 0x40}; mov ss, [rbx]; nop; xor eax, eax\n{tiny.END}", single_step=single_step)
+        made = build(
+            f"sti; nop; mov ebx, {TARGET + 0x40}; mov ss, [rbx]; nop; xor eax, eax\n{tiny.END}", single_step=single_step
+        )
         made.machine.on(EptViolation)(lambda _exit: made.machine.interrupt(VECTOR))
         made.run()
         load = next(record.rip for record in made.violations)
@@ -109,7 +123,9 @@ class TestInterrupts:
 
     def test_comes_before_the_store_that_was_refused_and_after_it_is_done(self, single_step):
         """Raised in the middle of a trapped store: the store completes first, exactly once."""
-        made = build(f"sti; nop; mov ebx, {TARGET}; inc dword ptr [rbx]; nop; xor eax, eax\n{tiny.END}", single_step=single_step)
+        made = build(
+            f"sti; nop; mov ebx, {TARGET}; inc dword ptr [rbx]; nop; xor eax, eax\n{tiny.END}", single_step=single_step
+        )
         made.machine.on(EptViolation)(lambda _exit: made.machine.interrupt(VECTOR))
         made.run()
         assert taken(made) >= 1
@@ -135,7 +151,9 @@ class TestInjection:
         assert made.machine.register("r12") == CODE
 
     def test_at_mtf_comes_behind_the_store(self, single_step):
-        made = build(f"mov ebx, {TARGET}; mov byte ptr [rbx], 1; nop; xor eax, eax\n{tiny.END}", single_step=single_step)
+        made = build(
+            f"mov ebx, {TARGET}; mov byte ptr [rbx], 1; nop; xor eax, eax\n{tiny.END}", single_step=single_step
+        )
         made.machine.on(Mtf)(lambda _exit: made.machine.inject(Event(VECTOR, EventType.EXTERNAL_INTERRUPT)))
         made.run()
         (mtf,) = made.of(Mtf)

@@ -1,4 +1,7 @@
-"""What handlers and observers may do: raise, decide, write memory, change mappings; the very next instruction sees it."""
+"""What handlers and observers may do: raise, decide, write memory, change mappings.
+
+The very next instruction sees it.
+"""
 
 from __future__ import annotations
 
@@ -104,8 +107,6 @@ class TestRaising:
 
     def test_memory_that_does_not_exist_ends_the_run_with_all_frames_closed(self, single_step):
         """The first half of the store opens a code frame; behind the second there is no memory."""
-        made = build(f"mov ebx, {SPARE - 4}; mov rax, [rbx]; mov [rbx], rax; hlt", single_step=single_step)
-        del made
         made = tiny.build(
             {CODE: f"mov ebx, {TARGET + PAGE - 4}; mov [rbx], rax; hlt", FRAME: b"\x90" * PAGE},
             maps=[map_page(TARGET, FRAME), map_page(TARGET + PAGE, SPARE)],
@@ -196,7 +197,9 @@ class TestHostWrites:
     @pytest.mark.parametrize("kind", [EptViolation, Mtf, Modification])
     def test_to_the_very_bytes_that_are_being_stored(self, kind, single_step):
         """Records stay a journal: replayed in order of their numbers, they give what memory holds."""
-        made = build(f"mov ebx, {TARGET}; mov word ptr [rbx], 0x0101; xor eax, eax\n{tiny.END}", single_step=single_step)
+        made = build(
+            f"mov ebx, {TARGET}; mov word ptr [rbx], 0x0101; xor eax, eax\n{tiny.END}", single_step=single_step
+        )
         done = []
 
         def patch(record):
@@ -231,7 +234,12 @@ def test_a_write_at_the_creation_of_a_block_reaches_that_block():
     made = build(f"jmp next; next: mov al, 1\n{tiny.END}", acts=True)
 
     def patch(record):
-        if isinstance(record, BlockEvent) and record.event == "created" and record.gva == CODE + 2 and not made.modifications:
+        if (
+            isinstance(record, BlockEvent)
+            and record.event == "created"
+            and record.gva == CODE + 2
+            and not made.modifications
+        ):
             made.machine.write(CODE + 3, b"\x02")
 
     made.machine.observe(patch, acts=True)
@@ -249,7 +257,9 @@ class TestMappings:
             assert str(made.machine.ept.entry(gpa).permissions) == "--x"
 
     def test_a_frame_without_any_address_left(self, single_step):
-        made = build(f"mov ebx, {TARGET}; call rbx; xor eax, eax\n{tiny.END}", contents=b"\xc3" * 64, single_step=single_step)
+        made = build(
+            f"mov ebx, {TARGET}; call rbx; xor eax, eax\n{tiny.END}", contents=b"\xc3" * 64, single_step=single_step
+        )
         made.machine.alias(FRAME, DATA, PAGE)
         made.machine.alias(FRAME, FRAME + PAGE, PAGE)
         made.machine.verify()
@@ -303,10 +313,11 @@ class TestProtect:
         assert made.run().reason == "port"
 
     def test_host_writes_reach_code_that_only_a_permission_made_code(self):
-        made = build(f"mov ebx, {DATA}; call rbx; cpuid; mov ebx, {DATA}; call rbx\n{tiny.END}")
-        machine = made.machine
         made = tiny.build(
-            {CODE: f"mov ebx, {FRAME}; call rbx; mov r15, rax; cpuid; mov ebx, {FRAME}; call rbx\n{tiny.END}", FRAME: bytes.fromhex("b001c3")},
+            {
+                CODE: f"mov ebx, {FRAME}; call rbx; mov r15, rax; cpuid; mov ebx, {FRAME}; call rbx\n{tiny.END}",
+                FRAME: bytes.fromhex("b001c3"),
+            },
             maps=[map_page(FRAME, FRAME)],
             code=(CODE,),
         )

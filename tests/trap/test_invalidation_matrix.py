@@ -102,9 +102,7 @@ class Cell:
             for base in self.views
             for i, frame in enumerate(self.frames)
         ]
-        table = b"".join(
-            (base + self.start + entry).to_bytes(8, "little") for base in self.bases for entry in ENTRIES
-        )
+        table = b"".join((base + self.start + entry).to_bytes(8, "little") for base in self.bases for entry in ENTRIES)
         made = tiny.build(
             {CODE: self._driver(), **self._functions(), TABLE: table},
             maps=maps,
@@ -149,7 +147,9 @@ class Cell:
         if call.rax == WRITE and self.writer == "host":
             self.tiny.machine.write(self.host_gpa, self.new)
         self.live[call.rax] = {
-            where: number for where, number in tiny.translations(self.tiny).items() if self.offset_of(where[0]) is not None
+            where: number
+            for where, number in tiny.translations(self.tiny).items()
+            if self.offset_of(where[0]) is not None
         }
 
     @property

@@ -23,7 +23,9 @@ SEEDS = 36
 CAMPAIGN = 2500
 
 
-def run(guest: RandomGuest, segments, *, options: RunOptions = tiny.STRICT, policy: Policy = STEP, flushed: bool = False):
+def run(
+    guest: RandomGuest, segments, *, options: RunOptions = tiny.STRICT, policy: Policy = STEP, flushed: bool = False
+):
     made = guest.build(segments, options=options, policy=policy)
     if flushed:
         flush_before_each_step(made)

@@ -11,7 +11,7 @@ from tiny import CODE, PAGE, STRICT, map_page
 
 from vmm.ept import Permission
 from vmm.errors import AuditError, InvariantError, OptionError
-from vmm.exits import EptViolation, ExceptionExit, FrameEvent, Modification, Mtf
+from vmm.exits import Cpuid, EptViolation, ExceptionExit, FrameEvent, Modification, Mtf
 from vmm.guest.manifest import Policy
 from vmm.machine import RunOptions
 from vmm.memory.frames import FrameState
@@ -37,6 +37,12 @@ again:
     {tiny.END}
 """
 RIGHT = sum(range(1, ROUNDS + 1))
+POLICIES = [
+    Policy(reads, writes, code)
+    for reads in ("step", "grant")
+    for writes in ("step", "window", "adaptive")
+    for code in ("load", "fetch")
+]
 
 
 def build(options: RunOptions = STRICT, code: str = PATCHES, **rest):
@@ -53,7 +59,7 @@ def everywhere(machine):
 
 
 class TestRule1NeverWritableAndExecutable:
-    @pytest.mark.parametrize("policy", [Policy(writes=w, reads=r, code=c) for w in ("step", "window", "adaptive") for r in ("step", "grant") for c in ("load", "fetch")])
+    @pytest.mark.parametrize("policy", POLICIES)
     def test_at_any_moment_that_a_run_reports(self, policy):
         made = build(policy=policy)
         made.machine.alias(0x80000, FRAME, PAGE)
@@ -121,7 +127,9 @@ class TestRule3OneDoor:
     def test_the_auditor_catches_a_block_that_outlived_its_bytes(self, monkeypatch):
         made = build(RunOptions(audit=True))
         monkeypatch.setattr(made.machine.blocks, "invalidate", lambda *_arguments: [])
-        with pytest.raises(AuditError, match=r"block \d+ at 0x20000 .* is stale: from byte 1 on .*01c3 but memory holds 02c3"):
+        with pytest.raises(
+            AuditError, match=r"block \d+ at 0x20000 .* is stale: from byte 1 on .*01c3 but memory holds 02c3"
+        ):
             made.run()
 
     def test_and_one_that_the_engine_did_not_forget(self, monkeypatch):
@@ -147,7 +155,7 @@ class TestRule3OneDoor:
         made = build(code=f"mov ebx, {TARGET}; call rbx; mov r15, rax; cpuid; mov ebx, {TARGET}; call rbx\n{tiny.END}")
         machine = made.machine
         machine.write(0x81000, bytes.fromhex("b009c3"))
-        made.machine.observe(lambda record: machine.alias(FRAME, 0x81000, PAGE) if record.kind == "exit" and type(record).__name__ == "Cpuid" else None, acts=True)
+        machine.on(Cpuid)(lambda _exit: machine.alias(FRAME, 0x81000, PAGE))
         assert made.run().detail["value"] == 9
 
 
@@ -187,7 +195,7 @@ class TestRule5BytesAreTheOnesTranslated:
         made = build()
         made.run()
         following = {block.gva: block.successors for block in made.machine.blocks}
-        behind_the_call = CODE + len(tiny.assemble(PATCHES.split("add r15b")[0]))
+        behind_the_call = CODE + len(tiny.assemble(PATCHES.split("add r15b", maxsplit=1)[0]))
         assert following[TARGET] == {behind_the_call}
 
 
@@ -205,6 +213,21 @@ class TestRule6OneRecordAWrite:
         assert [record.old for record in records[1:]] == [record.new for record in records[:-1]]
         # The first round finds nothing translated, and stores what was there already.
         assert [len(record.blocks) for record in records] == [0, 1, 1, 1, 1]
+
+    def test_the_dead_are_in_order_of_creation(self):
+        """The later function is called first; one write changes both, with a byte between that stays."""
+        made = tiny.build(
+            {
+                CODE: f"mov ebx, {TARGET + 4}; call rbx; mov ebx, {TARGET}; call rbx; cpuid; xor eax, eax\n{tiny.END}",
+                FRAME: FUNCTION + b"\x90" + FUNCTION,
+            },
+            maps=MAPS,
+        )
+        made.machine.on(Cpuid)(lambda _exit: made.machine.write(FRAME + 1, b"\x07\xc3\x90\xb0\x08"))
+        made.run()
+        (record,) = made.modifications
+        assert len(record.blocks) == 2
+        assert record.blocks == tuple(sorted(record.blocks))
 
     def test_the_cycle_in_the_order_in_which_it_happens(self):
         made = build()
@@ -290,10 +313,15 @@ class TestStates:
         assert [record.gpa - FRAME for record in made.modifications if record.new == b"\x99"] == [64]
 
     def test_sealing_a_window_journals_it(self):
-        made = build(policy=Policy(writes="window", code="load"), code=f"mov ebx, {VIEW + 1}; mov byte ptr [rbx], 7; cpuid; xor eax, eax\n{tiny.END}")
-        made.machine.observe(lambda r: made.machine.seal(FRAME, PAGE) if type(r).__name__ == "Cpuid" else None, acts=True)
+        made = build(
+            policy=Policy(writes="window", code="load"),
+            code=f"mov ebx, {VIEW + 1}; mov byte ptr [rbx], 7; cpuid; xor eax, eax\n{tiny.END}",
+        )
+        made.machine.on(Cpuid)(lambda _exit: made.machine.seal(FRAME, PAGE))
         made.run()
-        assert [(record.old, record.new, record.cause) for record in made.modifications] == [(b"\x01", b"\x07", "window")]
+        assert [(record.old, record.new, record.cause) for record in made.modifications] == [
+            (b"\x01", b"\x07", "window")
+        ]
         assert made.machine.frames.at(FRAME).state is FrameState.SEALED
 
     def test_the_store_of_a_block_that_runs_into_the_frame_opens_no_window(self):
@@ -301,7 +329,11 @@ class TestStates:
         store = tiny.assemble(f"mov ebx, {TARGET + PAGE + 0x100}; mov byte ptr [rbx], 1")
         ahead = b"\x90" * 8 + b"\xc3"
         made = tiny.build(
-            {CODE: f"mov eax, {TARGET + PAGE - len(store)}; call rax; xor eax, eax\n{tiny.END}", FRAME + PAGE - len(store): store, 0x30000: ahead},
+            {
+                CODE: f"mov eax, {TARGET + PAGE - len(store)}; call rax; xor eax, eax\n{tiny.END}",
+                FRAME + PAGE - len(store): store,
+                0x30000: ahead,
+            },
             maps=[map_page(TARGET, FRAME), map_page(TARGET + PAGE, 0x30000)],
             policy=Policy(writes="window", code="load"),
         )

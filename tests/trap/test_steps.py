@@ -20,7 +20,9 @@ WRITE, READ = 2, 1
 
 def run(code, *, contents=b"\x90" * PAGE, **rest):
     """A guest whose two target frames hold NOPs, with the result of its run."""
-    made = tiny.build({CODE: code + f"\nxor eax, eax\n{tiny.END}", FRAME_1: contents, FRAME_2: contents}, maps=TARGETS, **rest)
+    made = tiny.build(
+        {CODE: code + f"\nxor eax, eax\n{tiny.END}", FRAME_1: contents, FRAME_2: contents}, maps=TARGETS, **rest
+    )
     assert made.run().reason == "port"
     made.machine.verify()
     return made
@@ -76,7 +78,10 @@ class TestRepetition:
 
         counter = Counter()
         made = tiny.build(
-            {CODE: f"mov edi, {FIRST}; mov edx, 0x300; mov ecx, 3; rep insb; xor eax, eax\n{tiny.END}", FRAME_1: bytes(16)},
+            {
+                CODE: f"mov edi, {FIRST}; mov edx, 0x300; mov ecx, 3; rep insb; xor eax, eax\n{tiny.END}",
+                FRAME_1: bytes(16),
+            },
             maps=TARGETS,
         )
         made.machine.ports.attach(counter, 0x300)
@@ -145,7 +150,10 @@ class TestSeveralFrames:
 
     def test_adjacent_frames_give_one_record(self):
         made = tiny.build(
-            {CODE: f"mov ebx, {0x20FFC}; mov rax, -1; mov [rbx], rax; xor eax, eax\n{tiny.END}", 0x20000: bytes(2 * PAGE)},
+            {
+                CODE: f"mov ebx, {0x20FFC}; mov rax, -1; mov [rbx], rax; xor eax, eax\n{tiny.END}",
+                0x20000: bytes(2 * PAGE),
+            },
             maps=[map_page(0x20000, 0x20000, pages=2)],
         )
         made.run()
@@ -259,7 +267,14 @@ class TestEveryKindOfStore:
 class TestFaultInTheMiddle:
     """A store whose second page is not present: nothing is written, and the guest gets its page fault."""
 
-    STORES = ("mov [rbx], rax", "movups [rbx], xmm1", "add [rbx], rax", "lock xadd [rbx], rax", "push rax", "fxsave [rbx]")
+    STORES = (
+        "mov [rbx], rax",
+        "movups [rbx], xmm1",
+        "add [rbx], rax",
+        "lock xadd [rbx], rax",
+        "push rax",
+        "fxsave [rbx]",
+    )
 
     @pytest.mark.parametrize("store", STORES)
     def test_nothing_is_written(self, store, options):
@@ -329,9 +344,7 @@ class TestReads:
 def test_other_modes(mode, rest):
     entry = CODE if mode == "protected" else 0x1000
     code = "mov byte ptr [0x2000], 0x42; mov al, byte ptr [0x2000]; out 0xf4, al"
-    made = tiny.build(
-        {entry: code, 0x2000: b"\xc3"}, mode=mode, entry=entry, registers={"rsp": 0x8000}, **rest
-    )
+    made = tiny.build({entry: code, 0x2000: b"\xc3"}, mode=mode, entry=entry, registers={"rsp": 0x8000}, **rest)
     assert made.run().detail["value"] == 0x42
     (record,) = made.modifications
     assert (record.gva, record.gpa, record.old, record.new) == (0x2000, 0x2000, b"\xc3", b"\x42")

@@ -51,6 +51,8 @@ class Frame:
     before: bytes = b""
     #: Whether code reads were granted (policy), so that the frame is R-X instead of --X.
     readable: bool = False
+    #: Whether the host has given a GPA of it other permissions than its state does; engines may have cached them.
+    overridden: bool = False
     #: Writes trapped since the frame became code, for the adaptive policy.
     traps: int = 0
 

@@ -95,6 +95,9 @@ class FrameControl:
         if frame.state is FrameState.STEPPING:
             frame.state = frame.resting
             self._protect(frame, self.permissions(frame))
+            if frame.overridden:
+                frame.overridden = False
+                self._flush()
             self._verify(frame)
 
     def protect(self, frame: Frame, permissions: Permission, gpa: int) -> None:
@@ -108,6 +111,7 @@ class FrameControl:
         elif permissions & Permission.X and frame.state not in (FrameState.CODE, FrameState.SEALED):
             self.move(frame, FrameState.CODE, "host")
         self._ept.protect(gpa, permissions)
+        frame.overridden = True
         self._report(frame, frame.state.value, str(permissions), "host")
         self._verify(frame)
 

@@ -82,8 +82,7 @@ class Trap:
         """
         if self._is_stepped(violation):
             return self.step(violation)
-        modifies = self._modifies(violation)
-        decision = self._report(violation, modifies=modifies)
+        decision = self._report(violation, modifies=self._modifies(violation))
         if decision is not None:
             return decision if isinstance(decision, Event) else None
         frame = self._frame_of(violation)
@@ -121,6 +120,8 @@ class Trap:
         """Attempt the instruction until nothing refuses it any more; None if a handler has dealt with it."""
         while True:
             if violation is not None:
+                if self._guest_forbids(violation):
+                    return Stop.REFUSED
                 decision = self._admit(violation)
                 if decision is not None:
                     return decision if isinstance(decision, Event) else None
@@ -215,6 +216,10 @@ class Trap:
         address, decoded = self.mmu.faulting_address(violation.page, READ)
         return decoded.modifies(address, self.mmu.operand_address)
 
+    def _guest_forbids(self, violation: Violation) -> bool:
+        """Whether a read-modify-write is to a page that the guest itself may not write: its #PF comes first."""
+        return self._modifies(violation) and self.mmu.forbids_write(violation.page)
+
     def _report(self, violation: Violation, *, modifies: bool) -> Event | bool | None:
         """Count the exit and show it; what a handler decides."""
         self.reporter.count(ExitReason.EPT_VIOLATION)
@@ -229,11 +234,7 @@ class Trap:
             final=violation.final,
         )
         offset = address & PAGE - 1 if violation.final else 0
-        return self.reporter.exit(
-            EptViolation(
-                rip=self.mmu.pc,
-                qualification=qualification,
-                gpa=violation.gpa + offset,
-                gva=address,
-            )
+        decision = self.reporter.exit(
+            EptViolation(rip=self.mmu.pc, qualification=qualification, gpa=violation.gpa + offset, gva=address)
         )
+        return True if self.reporter.stopped else decision
