@@ -81,6 +81,7 @@ def _ctl_code(name: int, arguments: int, direction: int) -> ctypes.c_int:
 
 CTL_TLB_VIRTUAL: Final = _ctl_code(uc.UC_CTL_TLB_TYPE, 1, uc.UC_CTL_IO_WRITE)
 CTL_USE_EXITS: Final = _ctl_code(uc.UC_CTL_UC_USE_EXITS, 1, uc.UC_CTL_IO_WRITE)
+CTL_CODE_BUFFER: Final = _ctl_code(uc.UC_CTL_TCG_BUFFER_SIZE, 1, uc.UC_CTL_IO_WRITE)
 CTL_FLUSH_TLB: Final = _ctl_code(uc.UC_CTL_TLB_FLUSH, 0, uc.UC_CTL_IO_WRITE)
 CTL_FLUSH_BLOCKS: Final = _ctl_code(uc.UC_CTL_TB_FLUSH, 0, uc.UC_CTL_IO_WRITE)
 CTL_REMOVE_CACHE: Final = _ctl_code(uc.UC_CTL_TB_REMOVE_CACHE, 2, uc.UC_CTL_IO_WRITE)

@@ -32,6 +32,10 @@ PAGE_MASK: Final = ~(PAGE - 1)
 PRIVATE_BASE: Final = 1 << 40
 PRIVATE_PAGES: Final = 64
 
+#: Bytes of translated code that an engine keeps. Dead translations count until the engine, out of room, drops all of
+#: them; so this bounds what a guest that patches itself for ever can take of the host's memory.
+CODE_BUFFER: Final = 32 << 20
+
 _MODE_BITS: Final = (1 << 64) - 1
 
 
@@ -93,6 +97,7 @@ class Engine:
         self._scratch = b.u64()
         self._scratch_at = ctypes.addressof(self._scratch)
         handle = ctypes.c_void_p(self.handle)
+        b.check(b.ctl(handle, b.CTL_CODE_BUFFER, ctypes.c_uint32(CODE_BUFFER)), "uc_ctl")
         b.check(b.ctl(handle, b.CTL_TLB_VIRTUAL, b.TLB_VIRTUAL), "uc_ctl")
         b.check(b.ctl(handle, b.CTL_USE_EXITS, 1), "uc_ctl")
         for base, area in ((0, memory), (PRIVATE_BASE, self._private)):
