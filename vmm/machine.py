@@ -9,7 +9,7 @@ from typing import Final
 from attrs import frozen
 
 from vmm.cpu.defects import block_is_affected
-from vmm.cpu.events import Event
+from vmm.cpu.events import Event, EventType
 from vmm.devices import ConsolePort, DebugExit, PortBus
 from vmm.ept import ExtendedPageTables, Permission
 from vmm.ept.tables import GPA_LIMIT
@@ -153,9 +153,13 @@ class Machine:
     def on(self, kind: type[E]) -> Callable[[Handler[E]], Handler[E]]:
         """Decorator: call the function for each exit of a type, before the default answer.
 
-        It may return an ``Event`` to deliver instead of that answer, or True if it has dealt with the exit: the
-        guest then goes on as it is. What it raises ends the run.
+        It may return True if it has dealt with the exit: the guest then goes on as it is. At ``EptViolation``,
+        ``ExceptionExit``, ``Vmcall`` and ``EptMisconfiguration`` it may return an ``Event`` to deliver instead of
+        the default answer. What it raises ends the run. Raises ``OptionError`` for a type that is no exit.
         """
+        if not hasattr(kind, "reason"):
+            fix = "give one of the exits in vmm.exits, or use observe"
+            raise OptionError(f"{kind!r} is no exit", where="Machine.on", fix=fix)
 
         def register(handler: Handler[E]) -> Handler[E]:
             self.reporter.handle(kind, handler)
@@ -172,8 +176,11 @@ class Machine:
         self.loop.pending.append(event)
 
     def interrupt(self, vector: int) -> None:
-        """Raise an external interrupt: delivered when RFLAGS.IF and the interrupt shadow allow it."""
-        self.loop.interrupts.append(vector)
+        """Raise an external interrupt: delivered when RFLAGS.IF and the interrupt shadow allow it.
+
+        ``vector`` is 0 to 255; raises ``OptionError`` for others.
+        """
+        self.loop.interrupts.append(Event(vector, EventType.EXTERNAL_INTERRUPT).vector)
 
     def register(self, name: str) -> int:
         """A register by its name in a state file; raises ``KeyError`` for an unknown one."""
@@ -193,10 +200,16 @@ class Machine:
         self.door.write(pieces, cause="host", mmu=self.vcpu.mmu)
 
     def alias(self, gpa: int, target: int, size: int) -> None:
-        """Make ``size`` bytes of GPAs reach the frames of other GPAs (all multiples of 4096)."""
-        for offset in range(0, size, PAGE):
-            host = self._places(target + offset, PAGE)[0][0]
-            self._map(gpa + offset, self.frames.at(host))
+        """Make ``size`` bytes of GPAs reach the frames of other GPAs (all multiples of 4096).
+
+        Raises ``OptionError`` for anything else, for GPAs from 2^48 on, and for targets without memory; then nothing
+        has changed.
+        """
+        if (gpa | target | size) % PAGE or not 0 <= gpa <= gpa + size <= GPA_LIMIT:
+            what = f"{size:#x} bytes at GPA {gpa:#x} for {target:#x}"
+            raise OptionError(what, where="alias", fix="give multiples of 4096 below 2^48")
+        for host, where, _ in self._places(target, size):
+            self._map(gpa + where - target, self.frames.at(host))
         self.vcpu.free.flush_tlb()
 
     def protect(self, gpa: int, size: int, access: Permission) -> None:
@@ -239,7 +252,8 @@ class Machine:
             where = gpa + done
             entry = self.ept.entry(where) if 0 <= where < GPA_LIMIT else None
             if entry is None or not entry.mapped:
-                raise OptionError(f"GPA {where:#x} has no memory", where="guest memory", fix="stay inside the guest's RAM")
+                what = f"GPA {where:#x} has no memory"
+                raise OptionError(what, where="guest memory", fix="stay inside the guest's RAM")
             length = min(size - done, PAGE - where % PAGE)
             places.append((entry.address | where % PAGE, where, length))
             done += length
@@ -292,8 +306,8 @@ class Machine:
 
     def _map(self, gpa: int, frame: Frame) -> None:
         """One more GPA for a frame; blocks of whatever was there before must go."""
-        before = self.ept.translate(gpa)
-        if before:
+        before = self.control.host_of(gpa)
+        if before is not None:
             old = self.frames.at(before)
             self.blocks.invalidate(old.hpa, PAGE, "remap")
             old.gpas.remove(gpa)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from vmm.cpu.events import Event
-from vmm.exits import Exit, ExitReason, Record
+from vmm.errors import OptionError
+from vmm.exits import EptMisconfiguration, EptViolation, ExceptionExit, Exit, ExitReason, Record, Vmcall
 
 E = TypeVar("E", bound=Exit)
 #: Called with each exit of its type before the default answer. A returned ``Event`` is delivered instead of that
 #: answer; True means that the exit is dealt with, and the guest goes on as it is.
 Handler = Callable[[E], "Event | bool | None"]
 Observer = Callable[[Record], None]
+#: Exits whose instruction has not executed, so that an event can be delivered instead of it.
+_REPLACEABLE: Final = (EptViolation, ExceptionExit, Vmcall, EptMisconfiguration)
 
 
 class Reporter:
@@ -58,12 +61,25 @@ class Reporter:
             observer(record)
 
     def exit(self, record: Exit) -> Event | bool | None:
-        """Show an exit to the observers, then to its handlers; what the first handler decides."""
+        """Show an exit to the observers, then to its handlers; what the first handler decides.
+
+        Raises ``OptionError`` for a decision that this exit does not leave to handlers.
+        """
         for observer in self._observers:
             observer(record)
         if self._handlers:
             for handler in self._handlers.get(type(record), ()):
                 decision = handler(record)
                 if decision is not None and decision is not False:
-                    return decision
+                    return _checked(decision, record)
         return None
+
+
+def _checked(decision: object, record: Exit) -> Event | bool:
+    if decision is True or (isinstance(decision, Event) and isinstance(record, _REPLACEABLE)):
+        return decision
+    if isinstance(decision, Event):
+        what, fix = f"an event in place of {record.reason.name}", "hand it to Machine.inject and return None"
+    else:
+        what, fix = f"{decision!r} for {record.reason.name}", "return None, True or an Event"
+    raise OptionError(what, where="what a handler returned", fix=fix)

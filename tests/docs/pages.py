@@ -150,7 +150,7 @@ def matches(expected: str, real: str) -> bool:
 
 
 def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().split("\n")]
+    return [line.rstrip() for line in text.strip("\n").split("\n")]
 
 
 def _pieces(lines: list[str]) -> Iterator[list[str]]:

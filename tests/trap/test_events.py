@@ -35,7 +35,7 @@ def gate(address: int) -> bytes:
 
 def build(code: str, *, single_step: bool = False, **rest):
     """A guest whose interrupt handler counts at ``COUNT`` and keeps the address it returns to in r12."""
-    made = tiny.build(
+    return tiny.build(
         {
             CODE: code,
             HANDLERS: tiny.assemble(
@@ -50,7 +50,6 @@ def build(code: str, *, single_step: bool = False, **rest):
         idt=DATA,
         **rest,
     )
-    return made
 
 
 def taken(made) -> int:
@@ -170,10 +169,16 @@ class TestInjection:
 @WAYS
 def test_a_frame_pushed_into_code_goes_through_the_door(single_step):
     """The stack of the handler is a code frame: what delivery pushes is recorded and kills what it hits."""
-    made = build(
-        f"mov esp, {TARGET + 0x40}; mov ebx, {TARGET + 0x20}; mov byte ptr [rbx], 0xc3; call rbx; cpuid; xor eax, eax\n{tiny.END}",
-        single_step=single_step,
-    )
+    code = f"""
+        mov esp, {TARGET + 0x40}
+        mov ebx, {TARGET + 0x20}
+        mov byte ptr [rbx], 0xc3
+        call rbx
+        cpuid
+        xor eax, eax
+        {tiny.END}
+    """
+    made = build(code, single_step=single_step)
     made.machine.on(Cpuid)(lambda _exit: made.machine.inject(Event(VECTOR, EventType.EXTERNAL_INTERRUPT)))
     made.run()
     pushed = [record for record in made.modifications if record.cause == "event delivery"]

@@ -40,6 +40,7 @@ def flush_before_each_step(made: tiny.Tiny) -> None:
     stepping, step = made.machine.vcpu.stepping, made.machine.vcpu.step
 
     def flushing_step():
+        stepping._slots.clear()
         stepping._latched.clear()
         stepping.forget(PRIVATE_BASE, PRIVATE_PAGES * PAGE)
         return step()

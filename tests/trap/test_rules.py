@@ -288,7 +288,13 @@ class TestStates:
 
     @pytest.mark.parametrize("writes", ["window", "adaptive"])
     def test_what_a_window_saw_last_is_journaled_at_the_end(self, writes):
-        code = f"mov ecx, 40; mov ebx, {VIEW + 1}; again: mov byte ptr [rbx], cl; inc byte ptr [rbx]; loop again; xor eax, eax\n{tiny.END}"
+        code = f"""
+            mov ecx, 40; mov ebx, {VIEW + 1}
+        again:
+            mov byte ptr [rbx], cl; inc byte ptr [rbx]; loop again
+            xor eax, eax
+            {tiny.END}
+        """
         made = build(policy=Policy(writes=writes, code="load"), code=code)
         made.run()
         shadow = bytearray(FUNCTION)

@@ -108,10 +108,8 @@ class TestExactlyOnce:
     def test_read_modify_write(self, lock, text, new):
         contents = (0x10).to_bytes(4, "little") + bytes(28)
         size = 8 if "8b" in text else 4
-        made = run(
-            f"mov ebp, {FIRST}; mov eax, 0x10; xor edx, edx; mov ebx, 0x77; mov ecx, {3 if size == 4 else 0}; {lock}{text}",
-            contents=contents,
-        )
+        operands = f"mov eax, 0x10; xor edx, edx; mov ebx, 0x77; mov ecx, {3 if size == 4 else 0}"
+        made = run(f"mov ebp, {FIRST}; {operands}; {lock}{text}", contents=contents)
         (record,) = made.modifications
         assert record.new == (new & (1 << 8 * size) - 1).to_bytes(size, "little")
         assert made.count(ExitReason.MTF) == 1

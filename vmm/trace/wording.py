@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from vmm.trace.syntax import Json
 
 _BARE: Final = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-#: Fields of an exit that follow from its reason.
-_IMPLIED: Final = frozenset({"kind", "number"})
+#: What no line names: the kind stands in front, an exit's number follows from its reason, and only a trace numbers
+#: its records.
+_IMPLIED: Final = frozenset({"kind", "number", "seq"})
 _SMALL: Final = 10
 
 
@@ -25,9 +26,12 @@ def as_line(record: Json) -> str:
 
 
 def as_script(records: Iterable[Json]) -> str:
-    """A script that expects exactly these records, in this order and no others between them."""
+    """A script that expects exactly these records, in this order and no others between them.
+
+    What is no record, like the console output in a trace, is passed over.
+    """
     schema = Schema.of_records()
-    lines = (_line(record, schema) + _absent(record, schema) for record in records)
+    lines = (_line(record, schema) + _absent(record, schema) for record in records if record["kind"] in schema.kinds)
     return "\n".join(["vmm-script/1", *(f"next {line}" for line in lines), ""])
 
 

@@ -112,10 +112,9 @@ class Door:
         """Journal what has changed in a frame since it became a window."""
         before, frame.before = frame.before, b""
         after = self._memory.read(frame.hpa, PAGE)
+        hpa, gpa = frame.hpa, frame.gpas[0]
         changes = [
-            Change(
-                frame.hpa + start, frame.gpas[0] + start, None, before[start : start + size], after[start : start + size]
-            )
+            Change(hpa + start, gpa + start, None, before[start : start + size], after[start : start + size])
             for start, size in changed_runs(before, after)
         ]
         self.record(changes, rip=None, cause="window", mmu=mmu)

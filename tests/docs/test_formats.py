@@ -1,0 +1,76 @@
+"""`docs/formats.md` shows what is written, and names all that can be."""
+
+import json
+import re
+
+import pytest
+from pages import ROOT, blocks_of
+
+from vmm.commands.run import RunRequest, run
+from vmm.exits import ExitReason
+from vmm.trace.fields import Schema
+
+PAGE = ROOT / "docs" / "formats.md"
+TEXT = PAGE.read_text(encoding="utf-8")
+assert PAGE.name == "formats.md"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The lines of a trace, and a state."""
+    folder = tmp_path_factory.mktemp("formats")
+    trace, state = folder / "run.jsonl", folder / "state.json"
+    request = RunRequest("alias-patch", trace=str(trace), state=str(state), hashes=("0x10000:16",), quiet=True)
+    assert run(request) == 0
+    return [json.loads(line) for line in trace.read_text().splitlines()], json.loads(state.read_text())
+
+
+def shows(example, real):
+    """Whether an example is the real thing, but for what ``…`` leaves out at the end of a text or of an object."""
+    if isinstance(example, dict):
+        there = {key: value for key, value in example.items() if key != "…"}
+        whole = "…" in example or there.keys() == real.keys()
+        return whole and all(key in real and shows(value, real[key]) for key, value in there.items())
+    if isinstance(example, list):
+        return len(example) == len(real) and all(map(shows, example, real))
+    if isinstance(example, str) and example.endswith("…"):
+        return real.startswith(example[:-1])
+    return example == real
+
+
+@pytest.mark.parametrize("block", blocks_of(PAGE), ids=lambda block: block.where)
+def test_an_example_is_real(block, written):
+    trace, state = written
+    example = json.loads(block.text)
+    candidates = [state] if example.get("schema") == "vmm-state/1" else trace
+    assert any(shows(example, real) for real in candidates)
+
+
+def test_every_kind_of_record_has_a_section():
+    titles = re.findall(r"^### `(\w+)`", TEXT, re.MULTILINE)
+    assert sorted(titles) == sorted([*Schema.of_records().kinds, "console"])
+
+
+@pytest.mark.parametrize("reason", ExitReason, ids=lambda reason: reason.name)
+def test_every_exit_is_in_the_table_with_its_fields(reason):
+    (row,) = re.findall(rf"^\| (.*`{reason.name}`.*)$", TEXT, re.MULTILINE)
+    _, numbers, keys = (cell.strip() for cell in row.removesuffix("|").split("|"))
+    assert str(int(reason)) in numbers.split(", ")
+    fields = Schema.of_records().exits[reason.name].keys() - {"rip", "reason", "number"}
+    assert {field for field in fields if f"`{field}`" not in keys} == set()
+
+
+def test_every_end_is_in_the_table():
+    source = "".join(path.read_text() for path in (ROOT / "vmm").rglob("*.py"))
+    ends = set(re.findall(r'finish\("([^"]+)"', source)) | {"error"}
+    table = TEXT[TEXT.index("### `end`") : TEXT.index("## A final state")]
+    rows = re.findall(r"^\| (`[^|]*`) \|", table, re.MULTILINE)
+    assert {name for row in rows for name in re.findall("`([^`]+)`", row)} == ends
+
+
+def test_every_register_of_a_state_is_named(written):
+    _, state = written
+    (row,) = re.findall(r"^\| `registers` \| (.*) \|$", TEXT, re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", row)) | {f"r{i}" for i in range(8, 16)} | {f"xmm{i}" for i in range(16)}
+    named |= {"rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"}
+    assert named == set(state["registers"])
