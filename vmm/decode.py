@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Final
 
 from attrs import frozen
-from vmm.cpu.defects import corrected
 from iced_x86 import (
     Code,
     CodeSize,
@@ -27,6 +26,9 @@ from iced_x86 import (
     RegisterExt,
 )
 
+from vmm.cpu.context import Context
+from vmm.cpu.defects import corrected
+
 MAX_LENGTH: Final = 15
 
 _READS: Final = {OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
@@ -40,6 +42,7 @@ _SEGMENTS: Final = {
     Register.ES: 0, Register.CS: 1, Register.SS: 2, Register.DS: 3, Register.FS: 4, Register.GS: 5,
 }  # fmt: skip
 _IP: Final = {Register.RIP, Register.EIP}
+_BIT_STRINGS: Final = {Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemonic.BTC}
 #: Instructions that read or write a descriptor table or the TSS with supervisor rights at any CPL.
 _DESCRIPTOR_USERS: Final = {
     Mnemonic.MOV, Mnemonic.POP, Mnemonic.LDS, Mnemonic.LES, Mnemonic.LFS, Mnemonic.LGS, Mnemonic.LSS,
@@ -66,6 +69,10 @@ class MemoryOperand:
     size: int
     reads: bool
     writes: bool
+    #: How much of the index register counts: all of it, or AL (XLAT).
+    index_mask: int = 0xFFFF_FFFF_FFFF_FFFF
+    #: The register that selects a bit of a bit string, for BT and its kin.
+    bit_offset: int | None = None
 
     def address(self, rip: int, gprs: Sequence[int], segment_base: Callable[[int], int]) -> int:
         """The linear address, given RIP of the instruction and the general registers in encoding order."""
@@ -73,9 +80,17 @@ class MemoryOperand:
         if self.base is not None:
             offset += gprs[self.base]
         if self.index is not None:
-            offset += gprs[self.index] * self.scale
+            offset += (gprs[self.index] & self.index_mask) * self.scale
+        if self.bit_offset is not None:
+            offset += self._word_of_bit(gprs[self.bit_offset])
         linear = (offset & self.mask) + segment_base(self.segment)
         return linear & (0xFFFF_FFFF_FFFF_FFFF if self.mask >> 32 else 0xFFFF_FFFF)
+
+    def _word_of_bit(self, register: int) -> int:
+        """The offset of the operand-sized word that holds a bit, given as a signed operand-sized number."""
+        bits = 8 * self.size
+        number = register & (1 << bits) - 1
+        return ((number ^ 1 << bits - 1) - (1 << bits - 1)) // bits * self.size
 
 
 @frozen(slots=True)
@@ -113,6 +128,18 @@ class Decoded:
     def changes_mappings(self) -> bool:
         """Whether it is INVLPG or a move to a control register, after which cached translations may be void."""
         return self.mnemonic in (Mnemonic.INVLPG, Mnemonic.MOV, Mnemonic.LMSW, Mnemonic.WRMSR, Mnemonic.INVPCID)
+
+
+def operand_address(operand: MemoryOperand, context: Context) -> int:
+    """The linear address of a memory operand in a saved state."""
+    flat = context.code_bits == 64
+
+    def segment_base(index: int) -> int:
+        if flat and index < 4:
+            return 0
+        return context.segment_base(index)
+
+    return operand.address(context.rip, list(context.gprs), segment_base)
 
 
 @lru_cache(maxsize=65536)
@@ -164,6 +191,8 @@ def _operand(instruction: Instruction, used: object, bits: int) -> MemoryOperand
         size=MemorySizeExt.size(used.memory_size),  # type: ignore[attr-defined]
         reads=used.access in _READS,  # type: ignore[attr-defined]
         writes=used.access in _WRITES,  # type: ignore[attr-defined]
+        index_mask=0xFF if index == Register.AL else 0xFFFF_FFFF_FFFF_FFFF,
+        bit_offset=_gpr(instruction.op1_register) if instruction.mnemonic in _BIT_STRINGS else None,
     )
 
 

@@ -10,7 +10,7 @@ from vmm.cpu.events import Event
 from vmm.decode import io_operands
 from vmm.devices import PortBus
 from vmm.exits import Cpuid, Exit, ExitReason, IoInstruction, Rdtsc, Rdtscp
-from vmm.mmu import Mmu
+from vmm.mmu import CurrentInstruction
 from vmm.reporter import Reporter
 
 #: Virtual time-stamp ticks that each VM exit takes. Time depends on nothing else, so that runs repeat.
@@ -30,7 +30,7 @@ class InstructionExits:
         self.bus: Final = bus
         #: What a script wants the current IN to read.
         self.override: int | None = None
-        self.mmu: Mmu
+        self.instruction: CurrentInstruction
         #: Has an event delivered before the next instruction.
         self.inject: Callable[[Event], None]
         self._reporter = reporter
@@ -87,7 +87,7 @@ class InstructionExits:
 
     def _report(self, engine: Engine, port: int, size: int, value: int, direction: str) -> bool:
         pc = engine.pc
-        string, repeated, immediate = io_operands(self.mmu.instruction_bytes(pc))
+        string, repeated, immediate = io_operands(self.instruction.bytes_at(pc))
         qualification = (
             size - 1
             | (_IN if direction == "in" else 0)

@@ -76,7 +76,7 @@ class Machine:
         self.vcpu: Final = VirtualCpu(
             self.memory, self.ept, self.frames, self.blocks, self.instruction_exits, audit=self.options.audit
         )
-        self.instruction_exits.mmu = self.vcpu.mmu
+        self.instruction_exits.instruction = self.vcpu.instruction
         self.control: Final = FrameControl(
             self.ept,
             self.frames,
@@ -271,6 +271,7 @@ class Machine:
             self.control,
             self.door,
             vcpu.mmu,
+            vcpu.instruction,
             guard,
             self.reporter,
         )

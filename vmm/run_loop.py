@@ -106,14 +106,14 @@ class RunLoop:
 
     def _enter(self) -> Stop | Event | None:
         """VM entry: let the guest execute, freely or one instruction, until it comes out."""
-        if self.single_step or self.interrupts or self.vcpu.mmu.held is not None:
+        if self.single_step or self.interrupts or self.vcpu.instruction.held is not None:
             return self._step()
         return self.vcpu.run()
 
     def _step(self) -> Stop | Event | None:
         """Execute exactly one instruction; None if it completed."""
         context = self.vcpu.context
-        decoded = self.vcpu.mmu.decode_at(context, context.rip)
+        decoded = self.vcpu.instruction.decoded
         control = (context.cr0, context.cr3, context.cr4)
         try:
             outcome = self.trap.step()
@@ -188,7 +188,7 @@ class RunLoop:
 
     def _refused(self) -> None:
         """A TLB fill was refused: by the guest's page tables, or by the EPT."""
-        mmu, refusal = self.vcpu.mmu, self.vcpu.mmu.refusal
+        refusal = self.vcpu.mmu.refusal
         match refusal:
             case Violation():
                 try:
@@ -202,7 +202,7 @@ class RunLoop:
             case GuestFault():
                 self._raise(self._page_fault(refusal))
             case NonCanonical():
-                stack = refusal.access != FETCH and mmu.on_stack(refusal.page)
+                stack = refusal.access != FETCH and self.vcpu.instruction.uses_stack(refusal.page)
                 vector = Vector.SS if stack else Vector.GP
                 self._raise(Event(vector, EventType.HARDWARE_EXCEPTION, 0))
             case Misconfiguration():
@@ -212,16 +212,15 @@ class RunLoop:
 
     def _page_fault(self, refusal: GuestFault) -> Event:
         """The #PF that is due; the engine loads before it stores, but a read-modify-write is a write."""
-        mmu, error_code = self.vcpu.mmu, refusal.error_code
-        address, decoded = mmu.faulting_address(refusal.page, refusal.access)
-        if refusal.access == READ and decoded.modifies(address, mmu.operand_address):
+        instruction, error_code = self.vcpu.instruction, refusal.error_code
+        address = instruction.faulting_address(refusal.page, refusal.access)
+        if refusal.access == READ and instruction.modifies(address):
             error_code |= ErrorCode.WRITE
         return Event(Vector.PF, EventType.HARDWARE_EXCEPTION, error_code, cr2=address)
 
     def _is_undefined(self) -> bool:
         """Whether the current instruction is none: the engine loads an operand before it finds out."""
-        context = self.vcpu.context
-        return not self.vcpu.mmu.decode_at(context, context.rip).length
+        return not self.vcpu.instruction.decoded.length
 
     def _is_early(self, page: int, access: int) -> bool:
         """Whether a fetch fault may come too early (quirk "early-fetch").
@@ -272,7 +271,7 @@ class RunLoop:
     def _invalid(self) -> None:
         """#UD, or an instruction that this engine reports as invalid but the processor knows."""
         context = self.vcpu.context
-        code = self.vcpu.mmu.instruction_bytes(context.pc)
+        code = self.vcpu.instruction.code
         if code.startswith(_VMCALL):
             self.reporter.count(ExitReason.VMCALL)
             if self.reporter.observed:
@@ -281,7 +280,7 @@ class RunLoop:
                     self._deliver(decision)
                     return
             context.rip += len(_VMCALL)
-        elif (decoded := self.vcpu.mmu.decode_at(context, context.rip)).is_int1:
+        elif (decoded := self.vcpu.instruction.decoded).is_int1:
             self._raise(Event(Vector.DB, EventType.PRIVILEGED_SOFTWARE_EXCEPTION, length=decoded.length))
         else:
             self._raise(_UNDEFINED)

@@ -17,7 +17,7 @@ from vmm.ept import ExtendedPageTables
 from vmm.guest.boot import BootState
 from vmm.memory import GuestMemory
 from vmm.memory.frames import Frames
-from vmm.mmu import Mmu
+from vmm.mmu import CurrentInstruction, Mmu, StepMemory
 from vmm.translation import BlockCache
 
 #: Vectors that push an error code (SDM vol. 3, table 6-1).
@@ -68,7 +68,9 @@ class VirtualCpu:
         self.free.environment = _Environment(platform, self.free, exact=False)
         self.free.fill = self.mmu.fills_of_free(self.free)
         self.stepping.environment = _Environment(platform, self.stepping, exact=True)
-        self.stepping.fill = self.mmu.fills_of_step(self.stepping)
+        self.instruction = CurrentInstruction(self.context, self.mmu)
+        self.step_memory = StepMemory(memory, frames, self.context, self.mmu, self.instruction)
+        self.stepping.fill = self.step_memory.fills_of(self.stepping)
 
     def step(self) -> Stop:
         """Execute one instruction on the stepping engine."""
@@ -107,7 +109,7 @@ class VirtualCpu:
     def _mend_flags(self) -> None:
         """Undo what a refused SETcc did to the flags (quirk "early-flags")."""
         context = self.context
-        code = self.mmu.instruction_bytes(context.pc)
+        code = self.instruction.code
         if is_conditional_store(code) and context.flags_may_be_computed:
             if computes_flags(code, context.flag_operation, self._block_so_far(), context.code_bits):
                 context.recover_flags()
@@ -134,9 +136,8 @@ class VirtualCpu:
 
     def _int_length(self, vector: int) -> int:
         """Length of the INT n (2 bytes), INT3 or INTO (1 byte) that ends at RIP; prefixes are not counted."""
-        last = self.mmu.peek(self.context.pc - 1)
-        opcode = None if last is None else self.mmu.byte_at(last)
-        return 1 if (vector, opcode) in ((3, 0xCC), (4, 0xCE)) else 2
+        opcode = self.mmu.code_bytes(self.context.pc - 1)[:1]
+        return 1 if (vector, opcode) in ((3, b"\xcc"), (4, b"\xce")) else 2
 
 
 class _Environment:

@@ -87,7 +87,7 @@ class _Run:
             if trap.vector == _GP and set(_opcode(code)) & _PORT_OPCODES:
                 raise Unjudgeable("port I/O, which the process may not do")
             fault = self._fault(trap, code)
-            if code[0] != 0xCD:  # what the delivery of INT n meets is no exception exit
+            if code[0] != 0xCD or trap.vector != _GP:  # what the delivery of INT n meets is no exception exit
                 self.faults.append(fault)
             if len(self.faults) > _MOST_FAULTS:
                 raise Unjudgeable("more exceptions than anybody wants to see")

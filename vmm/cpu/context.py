@@ -173,7 +173,7 @@ class Context:
 
     @raw_flags.setter
     def raw_flags(self, value: bytes) -> None:
-        self._all_flags[:] = value
+        ctypes.memmove(self._all_flags, value, len(self._all_flags))
 
     @property
     def flag_operation(self) -> int:

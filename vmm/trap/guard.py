@@ -11,6 +11,7 @@ from typing import Final
 from attrs import define, field
 
 from vmm.cpu.engine import READ, Stop
+from vmm.cpu.events import Vector
 from vmm.ept import Permission
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
@@ -46,7 +47,7 @@ class StepGuard:
     def begin(self, *, arrived: bool) -> None:
         """Start with an instruction; no frame is open. ``arrived`` is as for ``Mmu.begin_step``."""
         self.opened.clear()
-        self.vcpu.mmu.begin_step(arrived=arrived)
+        self.vcpu.step_memory.begin(arrived=arrived)
         self._pc = self.vcpu.context.pc
 
     def open(self, frame: Frame, access: int) -> None:
@@ -66,24 +67,26 @@ class StepGuard:
         if stop is Stop.REFUSED and self.vcpu.context.pc != self._pc:
             # Quirk "step-looks-ahead": after a branch the engine looks for the next block before it counts.
             return Stop.STEPPED
-        if stop is not Stop.STEPPED and self.vcpu.mmu.undo and not self._is_trap(stop):
+        if stop is not Stop.STEPPED and self.vcpu.step_memory.undo and not self._is_trap(stop):
             self._undo()
         return stop
 
     def _undo(self) -> None:
-        for hpa, before in self.vcpu.mmu.undo.items():
-            self.memory.write(hpa, before)
-        self.vcpu.mmu.undo.clear()
+        self.vcpu.step_memory.roll_back()
         self.vcpu.stepping.writes.clear()
 
     def _is_trap(self, stop: Stop) -> bool:
-        """Whether an exception came after the instruction (#DB by TF, INT n), not instead of it."""
-        return stop is Stop.INTERRUPT and self.vcpu.context.pc != self._pc
+        """Whether an exception came after the instruction (#DB by TF, INT n), not instead of it.
+
+        RIP does not tell after an iteration of REP, and for a jump to itself.
+        """
+        context = self.vcpu.context
+        return stop is Stop.INTERRUPT and (context.pc != self._pc or context.vector == Vector.DB)
 
     def close(self) -> list[Entry]:
         """Restore execute-only and drop what is stale; what the instruction changed in code frames, for ``publish``."""
-        self.vcpu.mmu.end_step()
-        changes = self._changes() if self.opened and self.vcpu.mmu.undo else []
+        self.vcpu.step_memory.end()
+        changes = self._changes() if self.opened and self.vcpu.step_memory.undo else []
         for frame in self.opened:
             self.control.close(frame)
         return self.door.commit(changes, "store")
@@ -121,7 +124,7 @@ class StepGuard:
 
     def _before(self, piece: _Piece) -> bytes:
         start = piece.hpa & _OFFSET
-        return self.vcpu.mmu.undo[piece.hpa & -PAGE][start : start + piece.size]
+        return self.vcpu.step_memory.undo[piece.hpa & -PAGE][start : start + piece.size]
 
     def _pieces(self) -> list[_Piece]:
         """What was written, split at page ends, merged where it overlaps or touches, by ascending GPA."""
@@ -129,19 +132,19 @@ class StepGuard:
         for hpa, size in self.vcpu.stepping.writes:
             page = self._linear_page(hpa, size)
             room = PAGE - (hpa & _OFFSET)
-            gpa_page, _ = self.vcpu.mmu.written[page]
+            gpa_page, _ = self.vcpu.step_memory.written[page]
             offset = hpa & _OFFSET
             pieces.append(_Piece(hpa, gpa_page | offset, page | offset, min(size, room)))
             if size > room:
                 next_page = page + PAGE & 0xFFFF_FFFF_FFFF_FFFF
-                gpa_page, hpa_page = self.vcpu.mmu.written[next_page]
+                gpa_page, hpa_page = self.vcpu.step_memory.written[next_page]
                 pieces.append(_Piece(hpa_page, gpa_page, next_page, size - room))
         return _merge(pieces) if len(pieces) > 1 else pieces
 
     def _linear_page(self, hpa: int, size: int) -> int:
         """The linear page that a store used; with two candidates, the one whose next page was written too."""
         frame = hpa & -PAGE
-        written = self.vcpu.mmu.written
+        written = self.vcpu.step_memory.written
         if len(written) == 1:
             return next(iter(written))
         candidates = [page for page, (_, host) in written.items() if host == frame]

@@ -26,7 +26,7 @@ from vmm.errors import OptionError
 from vmm.exits import EptViolation, ExitReason, Mtf
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
-from vmm.mmu import Mmu, Violation
+from vmm.mmu import CurrentInstruction, Mmu, Violation
 from vmm.reporter import Reporter
 from vmm.trap.door import Door
 from vmm.trap.frames import FrameControl
@@ -71,6 +71,7 @@ class Trap:
     control: FrameControl
     door: Door
     mmu: Mmu
+    instruction: CurrentInstruction
     guard: StepGuard
     reporter: Reporter
 
@@ -187,7 +188,7 @@ class Trap:
 
     def _wants_window(self, frame: Frame) -> bool:
         """Whether to open a window; never for a frame that must be fetched from to get at the store (a livelock)."""
-        if self.policy.writes == "step" or self.mmu.holds_instruction(frame) or self._is_fetched_with_store(frame):
+        if self.policy.writes == "step" or self.instruction.lies_in(frame) or self._is_fetched_with_store(frame):
             return False
         return self.policy.writes == "window" or frame.traps >= HOT_FRAME
 
@@ -213,8 +214,7 @@ class Trap:
         """Whether a refused read is the first half of a read-modify-write."""
         if violation.access != READ or not violation.final:
             return False
-        address, decoded = self.mmu.faulting_address(violation.page, READ)
-        return decoded.modifies(address, self.mmu.operand_address)
+        return self.instruction.modifies(self.instruction.faulting_address(violation.page, READ))
 
     def _guest_forbids(self, violation: Violation) -> bool:
         """Whether a read-modify-write is to a page that the guest itself may not write: its #PF comes first."""
@@ -225,7 +225,7 @@ class Trap:
         self.reporter.count(ExitReason.EPT_VIOLATION)
         if not self.reporter.observed:
             return None
-        address, _ = self.mmu.faulting_address(violation.page, violation.access)
+        address = self.instruction.faulting_address(violation.page, violation.access)
         qualification = encode(
             read=violation.access == READ,
             write=violation.access == WRITE or modifies,
@@ -235,6 +235,6 @@ class Trap:
         )
         offset = address & PAGE - 1 if violation.final else 0
         decision = self.reporter.exit(
-            EptViolation(rip=self.mmu.pc, qualification=qualification, gpa=violation.gpa + offset, gva=address)
+            EptViolation(rip=self.instruction.pc, qualification=qualification, gpa=violation.gpa + offset, gva=address)
         )
         return True if self.reporter.stopped else decision

@@ -1,0 +1,23 @@
+"""Two-stage address translation for one vCPU: the guest's page tables, then the EPT.
+
+``translation.py`` answers the fills of the free-running engine; ``step.py`` those of the stepping engine, and keeps
+track of what a step writes; ``instruction.py`` looks at the instruction that a refusal belongs to; ``refusals.py`` has
+the reasons for refusing.
+"""
+
+from vmm.mmu.instruction import CurrentInstruction
+from vmm.mmu.refusals import GuestFault, Misconfiguration, NonCanonical, Refusal, UnmappedStructure, Violation
+from vmm.mmu.step import StepMemory
+from vmm.mmu.translation import Mmu
+
+__all__ = [
+    "CurrentInstruction",
+    "GuestFault",
+    "Misconfiguration",
+    "Mmu",
+    "NonCanonical",
+    "Refusal",
+    "StepMemory",
+    "UnmappedStructure",
+    "Violation",
+]

@@ -1,0 +1,128 @@
+"""What the stepping engine sees of memory while it executes one instruction, and what it does to it.
+
+Fetches come from latched copies. Every page that the instruction writes is copied before its first store, so that the
+change can be told and, if the guest faults half-way, undone.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from vmm.cpu.context import Context
+from vmm.cpu.engine import FETCH, READ, R, W, X
+from vmm.cpu.stepping import SteppingEngine
+from vmm.decode import MAX_LENGTH, Decoded, decode
+from vmm.memory import PAGE, GuestMemory
+from vmm.memory.frames import Frames, FrameState
+from vmm.mmu.instruction import CurrentInstruction
+from vmm.mmu.refusals import Violation
+from vmm.mmu.translation import LEAF_ADDRESS, PAGE_OFFSET, Control, Fill, Mmu
+
+_NOT_FETCHED: Final = (FrameState.DATA, FrameState.WINDOW)
+
+
+class StepMemory:
+    """Memory as one stepped instruction of one vCPU has it."""
+
+    def __init__(
+        self, memory: GuestMemory, frames: Frames, context: Context, mmu: Mmu, instruction: CurrentInstruction
+    ) -> None:
+        #: Linear pages written: page -> (GPA page, host page).
+        self.written: dict[int, tuple[int, int]] = {}
+        #: Contents of the frames written, from before.
+        self.undo: dict[int, bytes] = {}
+        self._memory = memory
+        self._frames = frames
+        self._context = context
+        self._mmu = mmu
+        self._instruction = instruction
+        self._pc = self._page = 0
+        self._control: Control = (0, 0, 0, 0, False)
+        self._code = b""
+        self._decoded: Decoded
+        #: Linear page -> what is fetched there instead of the guest's bytes: (offset, bytes).
+        self._patch: dict[int, tuple[int, bytes]] = {}
+
+    def begin(self, *, arrived: bool) -> None:
+        """The next fills are for the instruction at RIP.
+
+        ``arrived`` is whether the free-running engine has just stopped there, so that what it fetched is what the
+        guest's page tables say now.
+        """
+        self.written = {}
+        self.undo = {}
+        pc, self._control, bits = self._context.step_view()
+        self._pc, self._page = pc, pc & -PAGE
+        if not arrived:
+            self._mmu.forget_fetches(self._page)
+        instruction = self._instruction
+        self._code = instruction.bytes_at(pc)
+        decoded = self._decoded = decode(self._code, bits)
+        instruction.pin(pc, decoded)
+        self._patch = {}
+        code = decoded.correction or (self._code[: decoded.length] if instruction.held is not None else b"")
+        if code:
+            room = PAGE - (pc & PAGE_OFFSET)
+            self._patch[self._page] = (pc & PAGE_OFFSET, code[:room])
+            self._patch[self._page + PAGE] = (0, code[room:])
+
+    def end(self) -> None:
+        """The instruction is done with, one way or the other.
+
+        A REP goes on with the bytes that it was fetched from, even if an iteration has overwritten them: a processor
+        fetches a string instruction once.
+        """
+        instruction = self._instruction
+        instruction.unpin()
+        instruction.held = None
+        if self._decoded.repeats and self.undo and self._context.pc == self._pc:
+            length = self._decoded.length
+            if instruction.bytes_at(self._pc)[:length] != self._code[:length]:
+                instruction.held = (self._pc, self._code)
+
+    def roll_back(self) -> None:
+        """Nothing of the instruction has happened."""
+        for hpa, before in self.undo.items():
+            self._memory.write(hpa, before)
+        self.undo.clear()
+
+    def fills_of(self, engine: SteppingEngine) -> Fill:
+        """What answers the stepping engine's fills."""
+
+        def fill(page: int, access: int) -> int:
+            if access == FETCH and page != self._page and not self._reaches(page):
+                return engine.nothing | X
+            found = self._mmu.translate(self._control, page, access, engine)
+            if found is None:
+                return 0
+            translation, leaf = found
+            host = leaf & LEAF_ADDRESS
+            if access == FETCH:
+                if not leaf & X and not self._is_opened_code(leaf, host):
+                    self._mmu.refusal = Violation(page, access, translation.gpa, leaf, final=True)
+                    return 0
+                self._mmu.fetched(page, host)
+                return engine.latch(host, self._patch.get(page) if self._patch else None) | X
+            if self._mmu.refuses(page, access, translation, leaf):
+                return 0
+            if access == READ:
+                return host | R
+            self.written[page] = (translation.gpa, host)
+            if host not in self.undo:
+                self.undo[host] = self._memory.read(host, PAGE)
+            return host | R | W
+
+        return fill
+
+    def _is_opened_code(self, leaf: int, host: int) -> bool:
+        """Whether a page that the EPT does not let be fetched is code that is open for this very instruction."""
+        frame = self._frames.at(host)
+        return bool(leaf) and frame.state is FrameState.STEPPING and frame.resting not in _NOT_FETCHED
+
+    def _reaches(self, page: int) -> bool:
+        """Whether the instruction itself lies on a linear page other than the one that it starts on.
+
+        The engine also asks for what comes after it (quirk "early-fetch"), which is none of the guest's doing yet.
+        """
+        end = self._pc + (self._decoded.length or MAX_LENGTH) - 1
+        return page == self._page + PAGE and end & -PAGE == page
