@@ -28,9 +28,24 @@ ROUNDS = 3
 
 LOOPS = {
     # name: (body of the loop, instructions in it, iterations, least ratio wanted)
-    "compute": ("add rax, rcx; imul rax, rbx; xor rdx, rax; lea rbx, [rax + rdx*2 + 7]; ror rdx, 3", 7, 40_000_000, 0.95),
-    "mixed": ("mov rax, [rdi]; add rax, rcx; mov [rdi + 8], rax; call function; mov [rdi + 16], rdx", 9, 3_000_000, 3.0),
-    "store": ("mov [rdi], rax; mov [rdi + 8], rcx; mov [rdi + 64], rax; mov [rdi + 128], rcx", 6, 2_000_000, 5.0),
+    "compute": (
+        "add rax, rcx; imul rax, rbx; xor rdx, rax; lea rbx, [rax + rdx*2 + 7]; ror rdx, 3",
+        7,
+        40_000_000,
+        0.95,
+    ),
+    "mixed": (
+        "mov rax, [rdi]; add rax, rcx; mov [rdi + 8], rax; call function; mov [rdi + 16], rdx",
+        9,
+        3_000_000,
+        3.0,
+    ),
+    "store": (
+        "mov [rdi], rax; mov [rdi + 8], rcx; mov [rdi + 64], rax; mov [rdi + 128], rcx",
+        6,
+        2_000_000,
+        5.0,
+    ),
 }
 
 
@@ -99,13 +114,15 @@ def free_running(folder: Path) -> dict[str, object]:
         bare = best(lambda body=body, n=iterations: bare_unicorn(loop_code(body, n, "hlt")))
         mine = best(lambda body=body, n=iterations: ours(folder, loop_code(body, n, "out 0xf4, al")))
         mips = size * iterations / mine / 1e6
-        out[name] = {"ratio": round(bare / mine, 2), "wanted": wanted, "MIPS": round(mips), "bare MIPS": round(size * iterations / bare / 1e6)}
+        bare_mips = size * iterations / bare / 1e6
+        ratio = round(bare / mine, 2)
+        out[name] = {"ratio": ratio, "wanted": wanted, "MIPS": round(mips), "bare MIPS": round(bare_mips)}
     return out
 
 
 def trap_cycle(folder: Path, *, traced: bool, count: int = 20_000) -> float:
     """Seconds for one trapped store through an alias, with the call of the patched function."""
-    alias = "[[paging.map]]\ngva = 0x8000000\ngpa = 0x20000\nlength = 0x1000\naccess = \"rw\""
+    alias = '[[paging.map]]\ngva = 0x8000000\ngpa = 0x20000\nlength = 0x1000\naccess = "rw"'
     code = assemble(
         f"mov ecx, {count}; xor edi, edi; mov rbx, 0x8000001; again: mov [rbx], ecx; mov rdx, 0x20000; call rdx; "
         "add rdi, rax; dec ecx; jnz again; out 0xf4, al"
@@ -134,10 +151,10 @@ def bare_step() -> float:
 
 
 def start_up() -> float:
-    """Seconds for ``vmm run`` of a small bundled guest, from process start to exit."""
-    begin = time.process_time()
-    subprocess.run([sys.executable, "-m", "vmm", "run", "alias-patch", "--quiet"], check=True, capture_output=True)
-    return time.process_time() - begin
+    """Seconds for ``vmm run`` of a small bundled guest, from process start to exit, by the clock on the wall."""
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "vmm", "run", "patch-ahead", "--quiet"], check=True, capture_output=True)
+    return time.perf_counter() - begin
 
 
 def best(measure: Callable[[], float]) -> float:
@@ -159,7 +176,7 @@ def main() -> None:
             "trap cycle, us": round(untraced * 1e6, 2),
             "trap cycle with record, us": round(traced * 1e6, 2),
             "trap cycle with record, bare steps (wanted: at most 6)": round(traced / step, 2),
-            "start-up, s (wanted: below 0.5)": 0,
+            "start-up, s (wanted: below 0.5)": round(best(start_up), 2),
         }
     if arguments.json:
         print(json.dumps(result, indent=1))

@@ -110,9 +110,10 @@ class VirtualCpu:
         """Undo what a refused SETcc did to the flags (quirk "early-flags")."""
         context = self.context
         code = self.instruction.code
-        if is_conditional_store(code) and context.flags_may_be_computed:
-            if computes_flags(code, context.flag_operation, self._block_so_far(), context.code_bits):
-                context.recover_flags()
+        if not (is_conditional_store(code) and context.flags_may_be_computed):
+            return
+        if computes_flags(code, context.flag_operation, self._block_so_far(), context.code_bits):
+            context.recover_flags()
 
     def _block_so_far(self) -> bytes | None:
         """The code from the start of the block that the engine is in up to RIP; None if that is not known."""

@@ -8,9 +8,8 @@ of a VM exit: the class wrappers cost several times the call itself. Callbacks r
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Final
-
 from importlib.metadata import version
+from typing import Any, Final
 
 from unicorn import unicorn_const as uc
 from unicorn import x86_const as x86

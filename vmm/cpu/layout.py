@@ -56,6 +56,7 @@ HF_TF: Final = 1 << 8
 HF_LMA: Final = 1 << 14
 HF_CS64: Final = 1 << 15
 
+_LONG_MODE: Final = HF_PE | HF_LMA | HF_CS64
 _MSRS: Final = {0xC0000081: STAR, 0xC0000082: LSTAR, 0xC0000083: CSTAR, 0xC0000084: FMASK}
 _PROBE_PAGE: Final = 0x1000
 
@@ -147,7 +148,7 @@ def _observations(probe: _Probe) -> list[tuple[str, bool]]:
         ("CR0", probe.at(CONTROL) & 1 == 1),
         ("EFER", probe.at(EFER) & 0x500 == 0x500),
         ("the lazy flags", (probe.at(CC_SRC), probe.at(CC_OP, ctypes.c_uint32)) == (0x8D5, 1)),
-        ("the hidden flags", probe.at(HFLAGS, ctypes.c_uint32) & (HF_PE | HF_LMA | HF_CS64) == HF_PE | HF_LMA | HF_CS64),
+        ("the hidden flags", probe.at(HFLAGS, ctypes.c_uint32) & _LONG_MODE == _LONG_MODE),
     ]
     probe.run(b"\x66\xb8\x28\x00\x8e\xd8", _PROBE_PAGE)  # mov ax, 0x28; mov ds, ax: #GP(0x28) with an empty GDT
     probe.save()

@@ -117,4 +117,5 @@ class ExtendedPageTables:
 
 def _check_page(gpa: int) -> None:
     if gpa % PAGE or not 0 <= gpa < GPA_LIMIT:
-        raise OptionError(f"GPA {gpa:#x} is not the address of a page", where="EPT", fix="give a multiple of 4096 below 2^48")
+        what = f"GPA {gpa:#x} is not the address of a page"
+        raise OptionError(what, where="EPT", fix="give a multiple of 4096 below 2^48")

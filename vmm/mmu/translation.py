@@ -299,7 +299,7 @@ class _NoWriter:
     """For walks that set no flags."""
 
     def write(self, pieces: list[tuple[int, int, bytes]], *, cause: str, mmu: Mmu | None) -> None:
-        raise AssertionError
+        raise AssertionError(pieces, cause, mmu)
 
 
 _NO_WRITER: Final = _NoWriter()

@@ -20,7 +20,7 @@ _WRITE = Access.WRITE
 _translation = Translation._make  # half the time of calling the class; the walk is on the path of every fill
 
 
-def walk(  # noqa: C901 - kept in one function for speed
+def walk(
     memory: PhysicalMemory,
     mode: PagingMode,
     cr3: int,

@@ -1,4 +1,4 @@
-"""The auditor: on every block entry, are the bytes in memory the ones that were translated?"""
+"""The auditor: it checks on every block entry that the bytes in memory are the ones that were translated."""
 
 from __future__ import annotations
 

@@ -59,9 +59,7 @@ class BlockCache:
         for granule in granules_of(hpa, size):
             holders = self._granules.get(granule)
             if holders:
-                for key, block in holders.items():
-                    if block.overlaps(hpa, size):
-                        found[key] = block
+                found |= {key: block for key, block in holders.items() if block.overlaps(hpa, size)}
         return sorted(found.values(), key=by_number) if len(found) > 1 else list(found.values())
 
     def create(self, gva: int, spans: tuple[Span, ...], mode_flags: int, mode: str, code: bytes) -> Block:

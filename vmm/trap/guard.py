@@ -111,7 +111,7 @@ class StepGuard:
 
     def _is_code(self, hpa: int) -> bool:
         page = hpa & -PAGE
-        for frame in self.opened:  # noqa: SIM110 - on the way of every trapped write
+        for frame in self.opened:
             if frame.hpa == page:
                 return frame.resting is not FrameState.DATA and frame.resting is not FrameState.WINDOW
         return False
