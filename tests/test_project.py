@@ -47,6 +47,16 @@ def test_only_one_package_imports_unicorn() -> None:
     assert importing == {"cpu"}
 
 
+def test_every_quirk_that_the_code_names_has_an_entry() -> None:
+    entries = (ROOT / "docs" / "unicorn-quirks.md").read_text()
+    named = {
+        name
+        for path in (ROOT / "vmm").rglob("*.py")
+        for name in re.findall(r'quirk "([a-z0-9-]+)"', path.read_text())
+    }
+    assert {name for name in named if not re.search(rf"^\| Q\d\d {name} \|", entries, re.MULTILINE)} == set()
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_text_names_the_machine_that_it_was_written_on(path: Path) -> None:
     text = path.read_text(encoding="utf-8")

@@ -17,9 +17,9 @@ from tests.native.program import BASE, Alias, Program
 from tests.native.stores import UNALIGNED
 
 _P1, _P2, _P3 = 0x14000, 0x15000, 0x16000
-_DATA, _IDT, _HANDLERS, _LOG = 0x20000, 0x28000, 0x2A000, 0x2C000
+DATA, IDT, _HANDLERS, LOG = 0x20000, 0x28000, 0x2A000, 0x2C000
 _READ_ONLY, _NO_EXECUTE, _SUPERVISOR, _HOLE = 0xE000000, 0xE001000, 0xE002000, 0xE003000
-_RSP0, _STACK = 0x34000, 0x3F000
+RSP0, _STACK = 0x34000, 0x3F000
 _MAPS: Final = (
     Alias(BASE, BASE, 0x70000),
     Alias(0x8000000, _P2),
@@ -28,7 +28,7 @@ _MAPS: Final = (
     Alias(0x9001000, _P1),
     Alias(0xA000000, _P1, 0x3000),
     Alias(0xB000000, _P3),
-    Alias(0xB001000, _DATA),
+    Alias(0xB001000, DATA),
     Alias(0xB002000, _P2),
     Alias(_READ_ONLY, _P1, access="rx"),
     Alias(_NO_EXECUTE, _P1, access="rw"),
@@ -77,15 +77,15 @@ def handlers() -> dict[int, bytes]:
         idt[16 * vector : 16 * vector + 8] = low.to_bytes(8, "little")
         push = "" if vector in _WITH_ERROR_CODE else "push 0;"
         code += assemble(
-            f"""{push} push rax; push rbx; mov ebx, {_LOG}; mov rbx, qword ptr [rbx]; mov rax, cr2; mov qword ptr [rbx], rax;
+            f"""{push} push rax; push rbx; mov ebx, {LOG}; mov rbx, qword ptr [rbx]; mov rax, cr2; mov qword ptr [rbx], rax;
             mov rax, qword ptr [rsp + 16]; mov qword ptr [rbx + 8], rax;
             mov rax, qword ptr [rsp + 24]; mov qword ptr [rbx + 16], rax;
             mov rax, qword ptr [rsp + 40]; mov qword ptr [rbx + 24], rax; mov byte ptr [rbx + 32], {vector};
-            add rbx, 40; mov eax, {_LOG}; mov qword ptr [rax], rbx;
+            add rbx, 40; mov eax, {LOG}; mov qword ptr [rax], rbx;
             mov qword ptr [rsp + 24], r15; pop rbx; pop rax; add rsp, 8; iretq""",
             address,
         )
-    return {_IDT: bytes(idt), _HANDLERS: bytes(code), _LOG: (_LOG + 0x40).to_bytes(8, "little")}
+    return {IDT: bytes(idt), _HANDLERS: bytes(code), LOG: (LOG + 0x40).to_bytes(8, "little")}
 
 
 class _Generator:
@@ -97,7 +97,7 @@ class _Generator:
     def program(self) -> Program:
         r = self.random
         code = handlers() | {frame: self.frame() for frame in _VIEWS}
-        code[_DATA] = bytes(r.choice(b"\x90\x41\xff\xc0\xf8\xc3") for _ in range(0x1000))
+        code[DATA] = bytes(r.choice(b"\x90\x41\xff\xc0\xf8\xc3") for _ in range(0x1000))
         body = "\n".join(self.action() for _ in range(r.randint(15, 40)))
         rounds = r.choice([1, 2, 3, 5, 20])
         text = f"""
@@ -111,7 +111,7 @@ class _Generator:
         registers = {name: r.getrandbits(64) for name in _REGISTERS} | {"rsp": _STACK, "rflags": 2}
         registers |= {f"xmm{i}": r.getrandbits(128) for i in range(6)}
         return Program(
-            f"seed {self.seed}", code, _MAPS, identity=None, registers=registers, idt=_IDT, rsp0=_RSP0, flags=0xCC5
+            f"seed {self.seed}", code, _MAPS, identity=None, registers=registers, idt=IDT, rsp0=RSP0, flags=0xCC5
         )
 
     # Functions
@@ -170,8 +170,8 @@ class _Generator:
         target = r.choice(_VIEWS[frame]) + r.randrange(1, _FUNCTIONS) * _SLOT + r.choice([0, 0, 1, 2, 3])
         return r.choice(
             [f"mov ecx, {target}; call rcx", f"lea r15, [rip + {(x := self.label())}]; push r15; push {target}; ret; {x}:",
-             f"mov dword ptr [{_DATA + 0xF00}], {target}; mov dword ptr [{_DATA + 0xF04}], 0; "
-             f"call qword ptr [{_DATA + 0xF00}]"]
+             f"mov dword ptr [{DATA + 0xF00}], {target}; mov dword ptr [{DATA + 0xF04}], 0; "
+             f"call qword ptr [{DATA + 0xF00}]"]
         )  # fmt: skip
 
     def patch(self) -> str:
@@ -188,7 +188,7 @@ class _Generator:
             return r.choice(
                 [f"mov dword ptr [{place}], {r.getrandbits(31)}", f"mov edi, {place}; mov eax, r8d; stosd",
                  f"mov edi, {place}; xadd dword ptr [rdi], r9d", f"add dword ptr [{place}], r8d",
-                 f"mov edi, {place}; mov esi, {_DATA + r.randrange(0x100)}; mov ecx, 4; rep movsb",
+                 f"mov edi, {place}; mov esi, {DATA + r.randrange(0x100)}; mov ecx, 4; rep movsb",
                  f"mov edi, {place}; movd dword ptr [rdi], xmm{r.randrange(6)}", f"not dword ptr [{place}]",
                  f"mov edi, {place}; mov eax, dword ptr [rdi]; lock cmpxchg dword ptr [rdi], r12d",
                  f"rol dword ptr [{place}], 7; cmp ebx, ebx", f"rcr dword ptr [{place}], 1; cmp ebx, ebp"]
@@ -208,8 +208,8 @@ class _Generator:
         after = self.label()
         count = r.choice([1, 3, 0x90909003])
         return (
-            f"mov edi, {place}; mov r10d, {_DATA + 0x100}; mov r11d, {_DATA + 0x800}; mov rax, r8; mov rdx, r9;"
-            f"mov esi, {_DATA + 0x200}; mov ecx, {count}; mov r13, rbp; {before.replace('after', after)};"
+            f"mov edi, {place}; mov r10d, {DATA + 0x100}; mov r11d, {DATA + 0x800}; mov rax, r8; mov rdx, r9;"
+            f"mov esi, {DATA + 0x200}; mov ecx, {count}; mov r13, rbp; {before.replace('after', after)};"
             f"cmp eax, ebx; {store.replace('after', after)}; {after}: mov rsp, {_STACK}; mov rbp, r13; cld; fninit;"
             f"cmp r8, r9"
         )
@@ -230,7 +230,7 @@ class _Generator:
         """From code to code or to data, forwards or backwards."""
         r = self.random
         source = r.choice(_VIEWS[r.choice(list(_VIEWS))]) + _SLOT * r.randrange(1, _FUNCTIONS)
-        target = r.choice([r.choice(_VIEWS[r.choice(list(_VIEWS))]) + _SLOT * r.randrange(1, _FUNCTIONS), _DATA + 0x300])
+        target = r.choice([r.choice(_VIEWS[r.choice(list(_VIEWS))]) + _SLOT * r.randrange(1, _FUNCTIONS), DATA + 0x300])
         if r.random() < 0.3:
             return f"mov esi, {source + 31}; mov edi, {target + 31}; mov ecx, 32; std; rep movsb; cld"
         return f"mov esi, {source}; mov edi, {target}; mov ecx, 4; rep movsq"

@@ -159,7 +159,7 @@ class Context:
         self.write(b.REG_RFLAGS, value)
 
     def settle_flags(self) -> None:
-        """Make RFLAGS whole in a state that was saved in the middle of a block (quirk "lazy-flags").
+        """Make RFLAGS whole in a state that was saved in the middle of a block (quirk "flags-in-hook").
 
         There the arithmetic flags and DF are still spread over the engine's lazy fields, and starting from such a
         state would lose them.
