@@ -75,7 +75,8 @@ def run(
     machine.observe(keep)
     scripted = None if parsed is None else ScriptRun(machine, parsed)
     hear_text(machine, [printed.append] if scripted is None else [printed.append, scripted.matcher.console])
-    end = machine.run()
+    with machine:
+        end = machine.run()
     return GuestRun(
         status=int(judge(guest.manifest, end).status),
         end=end.to_json(),

@@ -281,6 +281,7 @@ class RunLoop:
                     return
             context.rip += len(_VMCALL)
         elif (decoded := self.vcpu.instruction.decoded).is_int1:
+            context.end_resume()
             self._raise(Event(Vector.DB, EventType.PRIVILEGED_SOFTWARE_EXCEPTION, length=decoded.length))
         else:
             self._raise(_UNDEFINED)

@@ -81,6 +81,11 @@ class VirtualCpu:
             self.context.raw_flags = flags  # quirk "early-flags"
         return stop
 
+    def close(self) -> None:
+        """Give both engines' memory back."""
+        self.free.close()
+        self.stepping.close()
+
     def reset_to(self, boot: BootState) -> None:
         """Load the initial state of a guest."""
         context = self.context
@@ -132,6 +137,7 @@ class VirtualCpu:
             return Event(vector, EventType.HARDWARE_EXCEPTION, error_code)
         length = self._int_length(vector)
         context.rip -= length
+        context.end_resume()
         kind = EventType.SOFTWARE_EXCEPTION if length == 1 else EventType.SOFTWARE_INTERRUPT
         return Event(vector, kind, length=length)
 

@@ -120,3 +120,15 @@ def test_a_misconfigured_entry_ends_the_run_unless_it_is_mended():
 
     assert made.run().detail["value"] == 7
     assert made.read(DATA, 1) == b"\x07"
+
+
+def test_a_closed_machine_can_be_read_but_not_run() -> None:
+    with tiny.build(f"mov eax, 7; {END}").machine as machine:
+        machine.run()
+    assert machine.register("rax") == 7
+    assert machine.read(CODE, 1) == b"\xb8"
+    with pytest.raises(OptionError, match="closed"):
+        machine.run()
+    machine.write(CODE, b"\xb9")
+    machine.seal(CODE, 1)
+    machine.close()

@@ -23,6 +23,7 @@ SEGMENT_NAMES: Final[tuple[SegmentName, ...]] = get_args(SegmentName)
 CR0_PE: Final = 1
 CR0_PG: Final = 1 << 31
 EFER_LMA: Final = 1 << 10
+RFLAGS_RF: Final = 1 << 16
 RFLAGS_VM: Final = 1 << 17
 #: The flags that translations depend on: TF, IOPL, RF, VM, AC.
 EFLAGS_IN_MODE: Final = 0x73100
@@ -157,6 +158,10 @@ class Context:
     @rflags.setter
     def rflags(self, value: int) -> None:
         self.write(b.REG_RFLAGS, value)
+
+    def end_resume(self) -> None:
+        """Clear RF, as an instruction that completes does; the engine does it at the end of a block only."""
+        self.rflags &= ~RFLAGS_RF
 
     def settle_flags(self) -> None:
         """Make RFLAGS whole in a state that was saved in the middle of a block (quirk "flags-in-hook").

@@ -77,6 +77,8 @@ class Engine:
         b.check(b.open_engine(b.ARCH_X86, b.MODE_64, ctypes.byref(pointer)), "uc_open")
         assert pointer.value is not None
         self.handle: Final = pointer.value
+        #: Whether it has not been closed.
+        self.open = True
         self._pointer = pointer
         self.environment: Environment
         #: Translates a linear page for an access (READ, WRITE, FETCH): host address | permissions, or 0 to refuse.
@@ -108,10 +110,15 @@ class Engine:
         self.live: Final = LiveState(self.handle)
         self._add_hooks()
 
+    def close(self) -> None:
+        """Give the engine's memory back; it cannot be started any more."""
+        if self.open:
+            self.open = False
+            b.close_engine(self.handle)
+
     def __del__(self) -> None:
-        handle = getattr(self, "handle", None)
-        if handle is not None and b is not None:
-            b.close_engine(handle)
+        if getattr(self, "open", False) and b is not None:
+            self.close()
 
     # Starting and stopping
 
@@ -121,13 +128,16 @@ class Engine:
 
     def flush_tlb(self) -> None:
         """Forget all cached translations of addresses (INVEPT and INVVPID of this engine)."""
-        b.ctl(self._pointer, b.CTL_FLUSH_TLB)
+        if self.open:
+            b.ctl(self._pointer, b.CTL_FLUSH_TLB)
 
     def forget(self, hpa: int, size: int) -> None:
         """Remove every translated block that overlaps [hpa, hpa + size), whatever its linear address.
 
         The range must lie in one mapping (guest memory or private pages).
         """
+        if not self.open:
+            return
         start = self._window + hpa
         self._window_open = True
         b.ctl(self._pointer, b.CTL_REMOVE_CACHE, b.u64(start), b.u64(start + size))

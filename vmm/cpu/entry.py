@@ -91,12 +91,7 @@ def wrapped_writes(address: int, data: bytes, bits: int, *, user: bool) -> Itera
 
 
 def saved_rflags(state: CpuState, event: Event) -> int:
-    """Compute the flags image that the handler finds on its stack.
-
-    An instruction that completes clears RF, but the engine does so at the end of a block only.
-    """
-    if event.follows_instruction:
-        return state.rflags & ~RFLAGS_RF
+    """Compute the flags image that the handler finds on its stack."""
     return state.rflags | RFLAGS_RF if event.pushes_rf else state.rflags
 
 

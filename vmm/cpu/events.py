@@ -107,14 +107,9 @@ class Event:
         return self.is_exception and self.vector in _FAULTS
 
     @property
-    def follows_instruction(self) -> bool:
-        """Whether it is raised by an instruction that completes: INT n, INT1, INT3 and INTO."""
-        return self.type in _AFTER_INSTRUCTION
-
-    @property
     def return_offset(self) -> int:
         """What to add to RIP, in bytes, for the address that the handler returns to."""
-        return self.length if self.follows_instruction else 0
+        return self.length if self.type in _AFTER_INSTRUCTION else 0
 
     @property
     def checks_gate_dpl(self) -> bool:
