@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.tracee import UNAVAILABLE, Tracee
+from .tracee import UNAVAILABLE, Tracee
 
 
 def _why_not() -> str | None:

@@ -8,9 +8,10 @@ from typing import Final
 
 from attrs import field, frozen
 
-from tests.native.program import BASE, Fault, Outcome, Program
 from vmm.exits import ExceptionExit, Record
 from vmm.machine import Machine, RunOptions
+
+from .program import BASE, Fault, Outcome, Program
 
 
 @frozen(slots=True)
@@ -18,7 +19,7 @@ class Way:
     """One way to run a program. ``watched`` has every record made, as with a trace."""
 
     name: str
-    options: RunOptions = RunOptions()
+    options: RunOptions = field(factory=RunOptions)
     policy: dict[str, str] = field(factory=dict)
     watched: bool = True
 
@@ -34,7 +35,7 @@ WAYS: Final = (
 )
 
 
-class Died(Exception):  # noqa: N818 - what happened
+class Died(Exception):
     """The run ended neither at the port nor in a triple fault."""
 
 

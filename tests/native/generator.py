@@ -13,8 +13,8 @@ from typing import Final
 
 from keystone import KS_ARCH_X86, KS_MODE_64, Ks  # type: ignore[import-untyped]
 
-from tests.native.program import BASE, Alias, Program
-from tests.native.stores import UNALIGNED
+from .program import BASE, Alias, Program
+from .stores import UNALIGNED
 
 _P1, _P2, _P3 = 0x14000, 0x15000, 0x16000
 DATA, IDT, _HANDLERS, LOG = 0x20000, 0x28000, 0x2A000, 0x2C000
@@ -43,7 +43,7 @@ _SLOT: Final = 32
 _FUNCTIONS: Final = 40  # slots of a frame that hold functions; the rest of it is scratch
 _SCRATCH: Final = 0x800
 _REGISTERS: Final = ("rbx", "rbp", "r8", "r9", "r12", "r13")
-_CONDITIONS: Final = "o no b ae e ne be a s ns p np l ge le g".split()
+_CONDITIONS: Final = ["o", "no", "b", "ae", "e", "ne", "be", "a", "s", "ns", "p", "np", "l", "ge", "le", "g"]
 _VECTORS: Final = (0, 1, 3, 6, 12, 13, 14, 16, 0x81)
 _WITH_ERROR_CODE: Final = (12, 13, 14)
 _ks = Ks(KS_ARCH_X86, KS_MODE_64)
@@ -77,7 +77,8 @@ def handlers() -> dict[int, bytes]:
         idt[16 * vector : 16 * vector + 8] = low.to_bytes(8, "little")
         push = "" if vector in _WITH_ERROR_CODE else "push 0;"
         code += assemble(
-            f"""{push} push rax; push rbx; mov ebx, {LOG}; mov rbx, qword ptr [rbx]; mov rax, cr2; mov qword ptr [rbx], rax;
+            f"""{push} push rax; push rbx; mov ebx, {LOG}; mov rbx, qword ptr [rbx]; mov rax, cr2;
+            mov qword ptr [rbx], rax;
             mov rax, qword ptr [rsp + 16]; mov qword ptr [rbx + 8], rax;
             mov rax, qword ptr [rsp + 24]; mov qword ptr [rbx + 16], rax;
             mov rax, qword ptr [rsp + 40]; mov qword ptr [rbx + 24], rax; mov byte ptr [rbx + 32], {vector};
@@ -169,9 +170,10 @@ class _Generator:
         frame = r.choice(list(_VIEWS))
         target = r.choice(_VIEWS[frame]) + r.randrange(1, _FUNCTIONS) * _SLOT + r.choice([0, 0, 1, 2, 3])
         return r.choice(
-            [f"mov ecx, {target}; call rcx", f"lea r15, [rip + {(x := self.label())}]; push r15; push {target}; ret; {x}:",
-             f"mov dword ptr [{DATA + 0xF00}], {target}; mov dword ptr [{DATA + 0xF04}], 0; "
-             f"call qword ptr [{DATA + 0xF00}]"]
+            [f"mov ecx, {target}; call rcx",
+             f"lea r15, [rip + {(x := self.label())}]; push r15; push {target}; ret; {x}:",
+             (f"mov dword ptr [{DATA + 0xF00}], {target}; mov dword ptr [{DATA + 0xF04}], 0; "
+              f"call qword ptr [{DATA + 0xF00}]")]
         )  # fmt: skip
 
     def patch(self) -> str:
@@ -222,8 +224,9 @@ class _Generator:
         return r.choice(
             [f"mov {a}, qword ptr [{place}]", f"cmp {a}, qword ptr [{place}]", f"add {a}, qword ptr [{place}]",
              f"movdqu xmm{r.randrange(6)}, xmmword ptr [{place}]", f"push qword ptr [{place}]; pop {a}",
-             f"mov esi, {place}; mov edi, {_P1}; mov ecx, 20; repe cmpsb", f"mov edi, {place}; mov al, 0xc3; "
-             "mov ecx, 64; repne scasb", f"test byte ptr [{place}], bl", f"movzx ebx, word ptr [{place}]"]
+             f"mov esi, {place}; mov edi, {_P1}; mov ecx, 20; repe cmpsb",
+             f"mov edi, {place}; mov al, 0xc3; mov ecx, 64; repne scasb", f"test byte ptr [{place}], bl",
+             f"movzx ebx, word ptr [{place}]"]
         )  # fmt: skip
 
     def copy(self) -> str:
@@ -265,10 +268,13 @@ class _Generator:
              f"mov edi, {beyond - 5}; mov ecx, 16; mov al, 0x90; rep stosb",
              f"mov esi, {beyond - 9}; mov edi, {code}; mov ecx, 3; .byte 0xf3, 0xa5",
              f"mov qword ptr [{beyond - 4}], r9", f"mov edi, {beyond - 4}; xchg qword ptr [rdi], r9",
-             f"mov edi, {beyond - 4}; lock xadd qword ptr [rdi], r9", f"mov edi, {beyond - 2}; add dword ptr [rdi], r9d", f"mov ecx, {beyond - 2}; call rcx",
+             f"mov edi, {beyond - 4}; lock xadd qword ptr [rdi], r9",
+             f"mov edi, {beyond - 2}; add dword ptr [rdi], r9d", f"mov ecx, {beyond - 2}; call rcx",
              "movabs rdi, 0x8000000000000000; mov qword ptr [rdi], r8", "movabs rsp, 0x8000000000000000; push r8",
-             f"mov edi, {_HOLE + 8}; cmpxchg16b xmmword ptr [rdi]", "mov eax, 0xfff8; mov ds, ax", "mov eax, 8; mov fs, ax",
-             f"mov esi, {_HOLE}; mov edi, {code}; movsq", f"mov edi, {beyond - 6}; mov eax, 5; cmpxchg8b qword ptr [rdi]"]
+             f"mov edi, {_HOLE + 8}; cmpxchg16b xmmword ptr [rdi]", "mov eax, 0xfff8; mov ds, ax",
+             "mov eax, 8; mov fs, ax",
+             f"mov esi, {_HOLE}; mov edi, {code}; movsq",
+             f"mov edi, {beyond - 6}; mov eax, 5; cmpxchg8b qword ptr [rdi]"]
         )  # fmt: skip
         after = self.label()
         return f"lea r15, [rip + {after}]; cmp r8, r9; {what}; {after}: mov rsp, {_STACK}; fninit; cld; cmp r9, r12"

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from attrs import evolve
 
-from tests.native.emulated import WAYS, Way, run_in_vmm
-from tests.native.processor import run_on_processor
-from tests.native.program import Program, differences
+from .emulated import WAYS, Way, run_in_vmm
+from .processor import run_on_processor
+from .program import Program, differences
 
 BY_NAME = {way.name: way for way in WAYS}
 

@@ -14,9 +14,10 @@ from typing import Final
 
 from attrs import define, field
 
-from tests.native.program import BASE, END_PORT, Fault, Outcome, Program
-from tests.native.tracee import Trap, Tracee
 from vmm.guest.manifest import GPRS
+
+from .program import BASE, END_PORT, Fault, Outcome, Program
+from .tracee import Tracee, Trap
 
 _GP, _PF, _DB, _BP = 13, 14, 1, 3
 _WITH_ERROR_CODE: Final = frozenset({8, 10, 11, 12, 13, 14, 17})
@@ -33,7 +34,7 @@ _PREFIXES: Final = bytes([*range(0x40, 0x50), 0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65
 _CONTEXT_SWITCHED: Final = frozenset(GPRS) | {"rip", "rflags", "fs_base", "gs_base"}
 
 
-class Unjudgeable(Exception):  # noqa: N818 - what the program is to this judge
+class Unjudgeable(Exception):
     """The program does something that this judge cannot decide."""
 
 
@@ -41,7 +42,7 @@ def run_on_processor(program: Program, *, seconds: int = 5) -> Outcome:
     """Run the program; raises ``Unjudgeable``."""
     ram = os.memfd_create("guest")
     try:
-        os.set_inheritable(ram, True)  # noqa: FBT003 - as in the manual
+        os.set_inheritable(ram, True)
         os.ftruncate(ram, program.memory)
         for gpa, data in program.code.items():
             os.pwrite(ram, data, gpa)

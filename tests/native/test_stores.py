@@ -6,11 +6,11 @@ import contextlib
 
 import pytest
 
-from tests.native.generator import assemble
-from tests.native.judging import BY_NAME, disagreements
-from tests.native.processor import Unjudgeable
-from tests.native.program import BASE, Alias, Program
-from tests.native.stores import ALIGNED, UNALIGNED, X87_VARIES
+from .generator import assemble
+from .judging import BY_NAME, disagreements
+from .processor import Unjudgeable
+from .program import BASE, Alias, Program
+from .stores import ALIGNED, UNALIGNED, X87_VARIES
 
 FIRST, SECOND, DATA = 0x11000, 0x12000, 0x20000
 SWAPPED, TWICE, INTO_DATA, FROM_DATA, ALIAS = 0x8000000, 0x9000000, 0xA000000, 0xB000000, 0xC000000
@@ -54,7 +54,7 @@ def program(store: str, before: str, place: int) -> Program:
     """Run functions of both frames, store over some, run what is there now."""
     calls = "".join(f"mov rcx, {at}; call rcx;" for at in (place & -4, FIRST + 0x40, SWAPPED + 0xFFC, SWAPPED + 0x1000))
     setup = f"mov rdi, {place}; mov r10, {DATA + 0x100}; mov r11, {DATA + 0x800}; mov ecx, 0x90909003;"
-    settle = "cmp eax, eax;" if store == "lock neg qword ptr [rdi]" else "fnclex;" if store.startswith("f") else ""
+    settle = "cmp eax, eax;" if store == "lock neg qword ptr [rdi]" else ""
     code = assemble(
         f"mov rcx, {FIRST}; call rcx; mov rcx, {SECOND}; call rcx; mov rcx, {SWAPPED + 0x1040}; call rcx; mov r15, rsp;"
         f"{setup} {before or 'nop'}; cmp eax, 0x12345678; {store}; after: mov rsp, r15; cld; {settle} {calls}"
@@ -66,8 +66,16 @@ def program(store: str, before: str, place: int) -> Program:
         MAPS,
         identity=None,
         registers=REGISTERS,
-        flags=0xC45 if store.startswith(("sh", "sa", "r", "bt", "lock bt")) else 0xCC5,
+        flags=_defined_flags(store),
+        fsw_mask=0xFF00 if store.startswith("f") else 0xFFFF,
     )
+
+
+def _defined_flags(store: str) -> int:
+    """The flags to compare: DF, and those that the store does not leave undefined."""
+    if store.startswith(("bt", "lock bt")):
+        return 0x441
+    return 0x4C5 if store.startswith(("sh", "sa", "ro", "rc")) else 0xCC5
 
 
 @pytest.mark.parametrize("store", STORES)

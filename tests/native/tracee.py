@@ -185,7 +185,7 @@ def _spawn() -> int:
 
 def _elf() -> bytes:
     """ptrace(PTRACE_TRACEME); int3. Then two places to be used from outside: syscall; int3, and int3."""
-    code = bytes.fromhex("31ffb865000000" "0f05cc90" "0f05cc" "cc")
+    code = bytes.fromhex("31ffb8650000000f05cc900f05cccc")
     header = b"\x7fELF\2\1\1".ljust(16, b"\0") + struct.pack(
         "<HHIQQQIHHHHHH", 2, 62, 1, _CODE, 64, 0, 0, 64, 56, 1, 0, 0, 0
     )

@@ -128,7 +128,7 @@ def test_paging_off_is_the_identity_of_32_bits_and_touches_no_table():
         ("5-level", "PDPTE", 0x4000_0000 | PS, 0x3FFF_F000, 0x7FFF_F000, 1 << 30),
     ],
 )
-def test_a_leaf_maps_a_page_of_its_size(mode, leaf, entry, gva_bits, gpa, page_size):  # noqa: PLR0917
+def test_a_leaf_maps_a_page_of_its_size(mode, leaf, entry, gva_bits, gpa, page_size):
     tables = Tables(mode, leaf=leaf)
     tables[leaf] = entry | FULL
     offset_bits = page_size - 1
