@@ -43,6 +43,7 @@ _SEGMENTS: Final = {
 }  # fmt: skip
 _IP: Final = {Register.RIP, Register.EIP}
 _BIT_STRINGS: Final = {Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemonic.BTC}
+_MAPPING_CHANGERS: Final = {Mnemonic.INVLPG, Mnemonic.INVPCID, Mnemonic.LMSW, Mnemonic.WRMSR}
 #: Instructions that read or write a descriptor table or the TSS with supervisor rights at any CPL.
 _DESCRIPTOR_USERS: Final = {
     Mnemonic.MOV, Mnemonic.POP, Mnemonic.LDS, Mnemonic.LES, Mnemonic.LFS, Mnemonic.LGS, Mnemonic.LSS,
@@ -101,7 +102,8 @@ class Decoded:
     mnemonic: int
     operands: tuple[MemoryOperand, ...]
     uses_descriptors: bool
-    stack_relative: bool
+    #: Whether cached translations may be void after it: INVLPG, INVPCID, LMSW, WRMSR, a move to a control register.
+    changes_mappings: bool
     #: What the engine must fetch instead, where it gets the instruction wrong (see ``vmm.cpu.defects``).
     correction: bytes = b""
     #: Whether it is a string instruction with a REP prefix.
@@ -124,11 +126,6 @@ class Decoded:
         """Whether it is INT1, with any prefixes."""
         return self.mnemonic == Mnemonic.INT1
 
-    @property
-    def changes_mappings(self) -> bool:
-        """Whether it is INVLPG or a move to a control register, after which cached translations may be void."""
-        return self.mnemonic in (Mnemonic.INVLPG, Mnemonic.MOV, Mnemonic.LMSW, Mnemonic.WRMSR, Mnemonic.INVPCID)
-
 
 def operand_address(operand: MemoryOperand, context: Context) -> int:
     """The linear address of a memory operand in a saved state."""
@@ -147,7 +144,7 @@ def decode(code: bytes, bits: int) -> Decoded:
     """Decode the first instruction in ``code`` (up to 15 bytes used) for a 16-, 32- or 64-bit code segment."""
     instruction = Decoder(bits, code[:MAX_LENGTH], ip=0).decode()
     if instruction.code == Code.INVALID:
-        return Decoded(0, Mnemonic.INVALID, (), uses_descriptors=False, stack_relative=False)
+        return Decoded(0, Mnemonic.INVALID, (), uses_descriptors=False, changes_mappings=False)
     info = InstructionInfoFactory().info(instruction)
     operands = tuple(
         _operand(instruction, used, bits)
@@ -164,7 +161,8 @@ def decode(code: bytes, bits: int) -> Decoded:
         operands=operands,
         uses_descriptors=instruction.mnemonic in _DESCRIPTOR_USERS
         and (far or loads_segment or _is_far(instruction)),
-        stack_relative=any(operand.segment == _SEGMENTS[Register.SS] for operand in operands),
+        changes_mappings=instruction.mnemonic in _MAPPING_CHANGERS
+        or (instruction.op_count > 0 and Register.CR0 <= instruction.op_register(0) <= Register.CR15),
         repeats=instruction.is_string_instruction and (instruction.has_rep_prefix or instruction.has_repne_prefix),
         correction=corrected(code, bits),
     )

@@ -136,12 +136,18 @@ class RunLoop:
         for address, size in spans:
             self.blocks.evict(address, size, "engine defect")
         outcome = None
-        while outcome is None and self._ending is None and not (self._must_stop or self.reporter.over_budget):
+        while outcome is None and not self._is_wanted_outside:
             outcome = self._step()
             here = self.vcpu.mmu.peek(self.vcpu.context.pc)
             if here is None or not any(address <= here < address + size for address, size in spans):
                 break
         return outcome
+
+    @property
+    def _is_wanted_outside(self) -> bool:
+        """Whether the run loop has something to do before the next instruction."""
+        at_limit = self._must_stop or self.reporter.over_budget
+        return at_limit or self._ending is not None or bool(self.pending or self.interrupts)
 
     def _deliver_what_is_due(self) -> None:
         """Inject pending events, then an external interrupt if the guest takes one at this boundary."""

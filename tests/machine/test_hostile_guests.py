@@ -6,6 +6,8 @@ import pytest
 from tiny import CODE, END, STRICT, build, map_page
 
 from vmm.cpu import engine
+from vmm.cpu.events import Event, EventType, Vector
+from vmm.exits import Cpuid, ExitReason
 from vmm.guest.manifest import Limits
 from vmm.machine import RunOptions
 from vmm.mmu import Mmu
@@ -82,3 +84,15 @@ def test_a_host_that_breaks_in_stops_a_guest_that_never_exits() -> None:
     timer = threading.Timer(0.2, made.machine.break_in)
     timer.start()
     assert made.run().reason == "interrupted"
+
+
+def test_an_event_reaches_a_guest_that_loops_in_a_block_that_is_always_stepped() -> None:
+    source = "again: shld qword ptr [rip + 0x200], rax, 3; cpuid; jmp again"
+    made = build({CODE: source, CODE + 0x200: bytes(64)}, limits=Limits(exits=5_000, seconds=60.0))
+
+    @made.machine.on(Cpuid)
+    def _inject(_exit: Cpuid) -> None:
+        made.machine.inject(Event(Vector.UD, EventType.HARDWARE_EXCEPTION))
+
+    assert made.run().reason == "triple fault"  # there is no IDT
+    assert made.count(ExitReason.CPUID) == 1
