@@ -6,9 +6,9 @@ remembered by the instruction's bytes, so that a trap in a loop costs one dictio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Final
+from typing import Final, Protocol
 
 from attrs import frozen
 from iced_x86 import (
@@ -53,6 +53,13 @@ _DESCRIPTOR_USERS: Final = {
 }  # fmt: skip
 
 
+class Registers(Protocol):
+    """General registers in encoding order; a ctypes array, which is cheaper to index than to copy."""
+
+    def __getitem__(self, index: int, /) -> int:
+        """Register ``index``, 0 to 15."""
+
+
 @frozen(slots=True)
 class MemoryOperand:
     """One memory access of an instruction, as a recipe for its linear address.
@@ -75,7 +82,7 @@ class MemoryOperand:
     #: The register that selects a bit of a bit string, for BT and its kin.
     bit_offset: int | None = None
 
-    def address(self, rip: int, gprs: Sequence[int], segment_base: Callable[[int], int]) -> int:
+    def address(self, rip: int, gprs: Registers, segment_base: Callable[[int], int]) -> int:
         """The linear address, given RIP of the instruction and the general registers in encoding order."""
         offset = self.displacement + (rip if self.from_ip else 0)
         if self.base is not None:
@@ -136,7 +143,7 @@ def operand_address(operand: MemoryOperand, context: Context) -> int:
             return 0
         return context.segment_base(index)
 
-    return operand.address(context.rip, list(context.gprs), segment_base)
+    return operand.address(context.rip, context.gprs, segment_base)
 
 
 @lru_cache(maxsize=65536)
