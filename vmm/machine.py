@@ -213,6 +213,9 @@ class Machine:
         self._refuse_sealed(places, "write")
         pieces = [(hpa, where, data[where - gpa : where - gpa + length]) for hpa, where, length in places]
         self.door.write(pieces, cause="host", mmu=self.vcpu.mmu)
+        if any(hpa >= self._ram_size for hpa, _, _ in places):
+            self.vcpu.mmu.tables_changed()
+            self.vcpu.free.flush_tlb()
 
     def alias(self, gpa: int, target: int, size: int) -> None:
         """Make ``size`` bytes of GPAs reach the frames of other GPAs (all multiples of 4096).
@@ -225,6 +228,7 @@ class Machine:
             raise OptionError(what, where="alias", fix="give multiples of 4096 below 2^48")
         for host, where, _ in self._places(target, size):
             self._map(gpa + where - target, self.frames.at(host))
+        self.vcpu.mmu.frames_changed()
         self.vcpu.free.flush_tlb()
 
     def protect(self, gpa: int, size: int, access: Permission) -> None:
@@ -261,6 +265,8 @@ class Machine:
 
     def _places(self, gpa: int, size: int) -> list[tuple[int, int, int]]:
         """(HPA, GPA, bytes) page by page; raises ``OptionError`` where nothing is mapped."""
+        if size < 0:
+            raise OptionError(f"a size of {size}", where="guest memory", fix="give 0 or more bytes")
         places = []
         done = 0
         while done < size:

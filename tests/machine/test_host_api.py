@@ -132,3 +132,45 @@ def test_a_closed_machine_can_be_read_but_not_run() -> None:
     machine.write(CODE, b"\xb9")
     machine.seal(CODE, 1)
     machine.close()
+
+
+def test_a_size_is_not_negative() -> None:
+    with pytest.raises(OptionError, match="size"):
+        machine().read(CODE, -1)
+
+
+def test_page_tables_that_the_host_rewrites_count_from_then_on() -> None:
+    # Two functions on two pages; at the CPUID the host makes the first one's page lead to the second one's frame.
+    first, second = 0x20000, 0x21000
+    source = {
+        CODE: f"mov rdx, {first}; call rdx; mov ebx, eax; cpuid; mov rdx, {first}; call rdx; {END}",
+        first: "mov eax, 1; ret",
+        second: "mov eax, 2; ret",
+    }
+    maps = [tiny.map_page(first, first), tiny.map_page(second, second)]
+    made = tiny.build(source, maps=maps)
+
+    @made.machine.on(Cpuid)
+    def _remap(_exit: Cpuid) -> None:
+        tables = made.machine.vcpu.context.cr3
+        for shift in (39, 30, 21, 12):
+            place = (tables & 0xF_FFFF_FFFF_F000) + (first >> shift & 511) * 8
+            tables = int.from_bytes(made.machine.read(place, 8), "little")
+        made.machine.write(place, (tables - first + second).to_bytes(8, "little"))
+
+    assert made.run().detail["value"] == 2
+
+
+def test_aliases_are_found_anew_when_gpas_lead_to_other_frames() -> None:
+    view, target, spare = 0x8000000, 0x20000, 0x30000
+    store = f"mov rbx, {target}; call rbx; mov byte ptr [rbx + 1]"
+    code = f"{store}, 2; cpuid; mov rbx, {target}; mov byte ptr [rbx + 1], 3; {END}"
+    source = {CODE: code, target: "mov eax, 1; ret"}
+    made = tiny.build(source, maps=[tiny.map_page(target, target), tiny.map_page(view, spare)])
+
+    @made.machine.on(Cpuid)
+    def _alias(_exit: Cpuid) -> None:
+        made.machine.alias(spare, target, PAGE)
+
+    made.run()
+    assert [record.aliases for record in made.modifications] == [(target + 1,), (target + 1, view + 1)]

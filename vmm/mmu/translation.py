@@ -276,6 +276,14 @@ class Mmu:
         self._fixed_root, self._fixed = root, mappings
         self._fixed_walks.clear()
 
+    def tables_changed(self) -> None:
+        """The host has written to the address space that was fixed: from now on it is like any other."""
+        self._fixed_root = None
+
+    def frames_changed(self) -> None:
+        """GPAs lead to other frames now: which linear pages reach a frame has to be found anew."""
+        self._fixed_pages.clear()
+
     def aliases(self, frame: Frame, offset: int) -> tuple[int, ...]:
         """All linear addresses of the current address space known to reach a byte of a frame, ascending."""
         root = self._context.cr3 & LEAF_ADDRESS
