@@ -107,7 +107,11 @@ def guests(*, as_json: bool) -> None:
 @main.command()
 @click.argument("target")
 @click.option("--trace", metavar="FILE", help="Write every exit and modification as a line of JSON; - is stdout.")
-@click.option("--expect", metavar="FILE", help="Hold the run against a script, and do the script's actions.")
+@click.option(
+    "--expect",
+    metavar="FILE",
+    help="Hold the run against a script, and do its actions; `own` is the expect.script beside the guest's manifest.",
+)
 @click.option("--state", metavar="FILE", help="Write the final state as JSON; - is standard output.")
 @click.option(
     "--hash",

@@ -151,3 +151,12 @@ def test_a_run_that_lost_its_script_is_stopped(scripted, guest):
     assert result.exit_code == 1
     assert state["end"] == {"reason": "stopped"}
     assert state["counters"]["exits"] < 10
+
+
+def test_own_is_the_script_beside_the_manifest(vmm, guest):
+    folder = guest(READ_PORT)
+    missing = vmm("run", folder, "--expect", "own", "-q")
+    assert missing.exit_code == 2
+    assert "expect.script" in missing.stderr
+    (folder / "expect.script").write_text("vmm-script/1\nexit IO_INSTRUCTION port=0x60 -> answer 7\nend port value=7\n")
+    assert vmm("run", folder, "--expect", "own", "-q").exit_code == 0

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from vmm.commands.diagnostics import Diagnostics
 from vmm.commands.interrupt import Interruption
@@ -68,10 +68,16 @@ class RunRequest:
         )
 
 
+#: What ``--expect`` takes for the script that lies beside the guest's manifest.
+OWN_SCRIPT: Final = "own"
+
+
 def run(request: RunRequest) -> int:
     """Run a guest; the exit status. Raises ``InputError`` and ``EngineError`` for what cannot be run."""
     log = Diagnostics(wanted=request.verbose)
     guest = load_guest(request.target)
+    if request.expect == OWN_SCRIPT:
+        request = evolve(request, expect=str(guest.manifest.path.with_name("expect.script")))
     log.tell("guest loaded", guest=guest.name, entry=hex(guest.entry), symbols=len(guest.image.symbols))
     memory = guest.manifest.machine.memory
     ranges = [MemoryRange.parse(text, memory=memory) for text in request.hashes]
