@@ -12,6 +12,9 @@
     └── GuestError            the run cannot go on                    exit status 1
         ├── AuditError        a block was entered with stale bytes
         └── InvariantError    a rule of the trap was broken (a defect of the VMM)
+
+What the rooms raise among themselves stands with them: ``TripleFault`` in ``vmm.cpu.events``, ``EntryChanged`` in
+``vmm.paging``, ``UnmappedStructure`` in ``vmm.mmu``.
 """
 
 from __future__ import annotations
