@@ -31,6 +31,7 @@ def test_a_random_program_ends_as_on_the_processor(seed: int) -> None:
 
 
 @pytest.mark.long
-def test_a_campaign_of_random_programs() -> None:
-    for seed in range(1100):
+@pytest.mark.parametrize("first", range(0, 1100, 50))
+def test_a_campaign_of_random_programs(first: int) -> None:
+    for seed in range(first, first + 50):
         check(seed)
