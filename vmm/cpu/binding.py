@@ -58,7 +58,6 @@ emu_stop = _prototype("uc_emu_stop", _ptr)
 mem_map_ptr = _prototype("uc_mem_map_ptr", _ptr, u64, u64, ctypes.c_uint32, _ptr)
 reg_read = _prototype("uc_reg_read", _ptr, _int, _ptr)
 reg_write = _prototype("uc_reg_write", _ptr, _int, _ptr)
-reg_read_batch = _prototype("uc_reg_read_batch", _ptr, _ptr, _ptr, _int)
 context_alloc = _prototype("uc_context_alloc", _ptr, ctypes.POINTER(_ptr))
 context_free = _prototype("uc_context_free", _ptr)
 context_save = _prototype("uc_context_save", _ptr, _ptr)
@@ -82,7 +81,6 @@ CTL_TLB_VIRTUAL: Final = _ctl_code(uc.UC_CTL_TLB_TYPE, 1, uc.UC_CTL_IO_WRITE)
 CTL_USE_EXITS: Final = _ctl_code(uc.UC_CTL_UC_USE_EXITS, 1, uc.UC_CTL_IO_WRITE)
 CTL_CODE_BUFFER: Final = _ctl_code(uc.UC_CTL_TCG_BUFFER_SIZE, 1, uc.UC_CTL_IO_WRITE)
 CTL_FLUSH_TLB: Final = _ctl_code(uc.UC_CTL_TLB_FLUSH, 0, uc.UC_CTL_IO_WRITE)
-CTL_FLUSH_BLOCKS: Final = _ctl_code(uc.UC_CTL_TB_FLUSH, 0, uc.UC_CTL_IO_WRITE)
 CTL_REMOVE_CACHE: Final = _ctl_code(uc.UC_CTL_TB_REMOVE_CACHE, 2, uc.UC_CTL_IO_WRITE)
 
 #: bool (engine, linear page, access, &(host page, permissions), user data)
@@ -124,27 +122,18 @@ INSN_RDTSCP: Final = x86.UC_X86_INS_RDTSCP
 INSN_SYSCALL: Final = x86.UC_X86_INS_SYSCALL
 INSN_SYSENTER: Final = x86.UC_X86_INS_SYSENTER
 
-REG_CR0: Final = x86.UC_X86_REG_CR0
-REG_CR3: Final = x86.UC_X86_REG_CR3
-REG_CR4: Final = x86.UC_X86_REG_CR4
-REG_CS: Final = x86.UC_X86_REG_CS
 REG_RIP: Final = x86.UC_X86_REG_RIP
 REG_RAX: Final = x86.UC_X86_REG_RAX
 REG_RCX: Final = x86.UC_X86_REG_RCX
 REG_RDX: Final = x86.UC_X86_REG_RDX
 REG_RSP: Final = x86.UC_X86_REG_RSP
 REG_RFLAGS: Final = x86.UC_X86_REG_RFLAGS
-REG_EFLAGS: Final = x86.UC_X86_REG_EFLAGS
 REG_MSR: Final = x86.UC_X86_REG_MSR
 REG_MXCSR: Final = x86.UC_X86_REG_MXCSR
 REG_FCW: Final = x86.UC_X86_REG_FPCW
 REG_FSW: Final = x86.UC_X86_REG_FPSW
 REG_XMM0: Final = x86.UC_X86_REG_XMM0
-REG_ST0: Final = x86.UC_X86_REG_ST0
 
-STATUS_OK: Final = uc.UC_ERR_OK
-#: What ``emu_start`` returns when a TLB fill was refused.
-STATUS_REFUSED: Final = uc.UC_ERR_EXCEPTION
 
 PERM_READ: Final = uc.UC_PROT_READ
 PERM_WRITE: Final = uc.UC_PROT_WRITE

@@ -89,18 +89,6 @@ class Context:
         """Take over the state of an engine."""
         b.context_save(engine, self.pointer)
 
-    def restore_into(self, engine: int) -> None:
-        """Give this state to an engine. Its TLB stays as it is."""
-        b.context_restore(engine, self.pointer)
-
-    def snapshot(self) -> bytes:
-        """The raw state, for ``roll_back``."""
-        return ctypes.string_at(self.pointer, at.CONTEXT_SIZE)
-
-    def roll_back(self, raw: bytes) -> None:
-        """Return to the state that ``snapshot`` gave."""
-        ctypes.memmove(self.pointer, raw, at.CONTEXT_SIZE)
-
     # Instruction pointer, general registers, flags
 
     @property
