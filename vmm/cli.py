@@ -110,7 +110,7 @@ def guests(*, as_json: bool) -> None:
 @click.option(
     "--expect",
     metavar="FILE",
-    help="Hold the run against a script, and do its actions; `own` is the expect.script beside the guest's manifest.",
+    help="Hold the run against a script, and do its actions; `own` is the one that comes with the guest.",
 )
 @click.option("--state", metavar="FILE", help="Write the final state as JSON; - is standard output.")
 @click.option(

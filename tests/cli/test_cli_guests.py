@@ -21,7 +21,7 @@ def test_guests_as_json(vmm):
         assert entry["summary"]
         path = Path(entry["path"])
         assert path.is_file()
-        script = path.with_name("expect.script")
+        script = (path.parents[1] / entry["wrong_of"] if "wrong_of" in entry else path.parent) / "expect.script"
         assert entry.get("expect") == (str(script) if script.is_file() else None)
 
 

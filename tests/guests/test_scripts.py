@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from vmm.guest.loader import bundled_guests
 from vmm.machine import Machine, RunOptions
 from vmm.script_actions import ScriptRun, has_actions
 from vmm.trace.matcher import Matcher
@@ -20,7 +21,7 @@ from vmm.trace.syntax import AnyOrder, Either, Repeat, Section, Watch
 from vmm.translation import BlockCache
 
 GUESTS = Path(__file__).parents[2] / "guests"
-NAMES = sorted(manifest.parent.name for manifest in GUESTS.glob("*/guest.toml"))
+NAMES = [guest.name for guest in bundled_guests() if not guest.wrong_of]
 ACTIONS = Path(__file__).parent / "action_scripts"
 ACTION_SCRIPTS = sorted(ACTIONS.glob("*.script"))
 

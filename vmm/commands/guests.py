@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Final
 
 from vmm.commands.screen import standard_output
 from vmm.guest.files import one_line
 from vmm.guest.loader import BundledGuest, bundled_guests
 from vmm.trace.painter import Style
-
-#: The script that belongs to a bundled guest, beside its guest.toml.
-SCRIPT_NAME: Final = "expect.script"
 
 
 def list_guests(*, as_json: bool) -> None:
@@ -23,13 +19,21 @@ def list_guests(*, as_json: bool) -> None:
     else:
         width = max((len(guest.name) for guest in guests), default=0)
         for guest in guests:
-            screen.painter.line(f"{guest.name:<{width}}  {one_line(guest.summary)}")
+            if not guest.wrong_of:
+                screen.painter.line(f"{guest.name:<{width}}  {one_line(guest.summary)}")
         screen.painter.line()
-        screen.painter.line("Run one with `vmm run NAME`.", Style.QUIET)
+        screen.painter.line("Run one with `vmm run NAME --expect own`.", Style.QUIET)
+        wrong = [guest for guest in guests if guest.wrong_of]
+        if wrong:
+            screen.painter.line()
+            screen.painter.line("Wrong versions, which do not hold against the script of the right one:", Style.QUIET)
+            for guest in wrong:
+                screen.painter.line(f"{guest.name:<{width}}  {one_line(guest.summary)}")
     screen.flush()
 
 
 def _object(guest: BundledGuest) -> dict[str, str]:
     fields = {"name": guest.name, "summary": guest.summary, "path": str(guest.path)}
-    script = guest.path.with_name(SCRIPT_NAME)
-    return {**fields, "expect": str(script)} if script.is_file() else fields
+    if guest.wrong_of:
+        fields["wrong_of"] = guest.wrong_of
+    return {**fields, "expect": str(guest.script)} if guest.script.is_file() else fields

@@ -68,7 +68,7 @@ class RunRequest:
         )
 
 
-#: What ``--expect`` takes for the script that lies beside the guest's manifest.
+#: What ``--expect`` takes for the script that belongs to the guest.
 OWN_SCRIPT: Final = "own"
 
 
@@ -77,7 +77,7 @@ def run(request: RunRequest) -> int:
     log = Diagnostics(wanted=request.verbose)
     guest = load_guest(request.target)
     if request.expect == OWN_SCRIPT:
-        request = evolve(request, expect=str(guest.manifest.path.with_name("expect.script")))
+        request = evolve(request, expect=str(guest.manifest.own_script))
     log.tell("guest loaded", guest=guest.name, entry=hex(guest.entry), symbols=len(guest.image.symbols))
     memory = guest.manifest.machine.memory
     ranges = [MemoryRange.parse(text, memory=memory) for text in request.hashes]

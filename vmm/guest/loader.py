@@ -50,11 +50,17 @@ class Guest:
 
 @frozen(slots=True)
 class BundledGuest:
-    """A guest that comes with the VMM; ``path`` is that of its guest.toml."""
+    """A guest that comes with the VMM.
+
+    ``path`` is that of its guest.toml, ``script`` that of the script that it is held against; ``wrong_of`` names
+    the guest that it is the wrong version of.
+    """
 
     name: str
     summary: str
     path: Path
+    script: Path
+    wrong_of: str
 
 
 def load_guest(path: str | Path) -> Guest:
@@ -85,7 +91,8 @@ def bundled_guests() -> list[BundledGuest]:
     found = []
     for name, folder in _bundled_folders().items():
         path = folder / MANIFEST_NAME
-        found.append(BundledGuest(name, read_manifest(path).summary, path))
+        manifest = read_manifest(path)
+        found.append(BundledGuest(name, manifest.summary, path, manifest.own_script, manifest.wrong_of))
     return found
 
 

@@ -2,7 +2,7 @@
 
 The reference, with every key's type, range and default, is ``docs/manifest.md``. In short::
 
-    schema, name, summary
+    schema, name, summary, wrong_of
     [image]    format, file, load (flat only), symbols (flat only: a file in the format of nm)
     [machine]  memory, mode
     [cpu]      entry (an address, or a symbol's name), cpl, iopl, registers, idt, rsp0
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 SCHEMA: Final = "vmm-guest/1"
 MANIFEST_NAME: Final = "guest.toml"
+#: The script that belongs to a guest, beside its guest.toml.
+SCRIPT_NAME: Final = "expect.script"
 MEMORY_LIMIT: Final = 1 << 30
 #: Linear addresses that the VMM keeps for GDT and TSS when it builds the page tables: (start, size).
 RESERVED_LONG: Final = (0xFFFF_FE00_0000_0000, 1 << 21)
@@ -63,7 +65,8 @@ _MAPS_LIMIT: Final = 1024
 _MAPPED_LIMIT: Final = 4 << 30
 _NAME_LENGTH: Final = 100
 _KEYS: Final = (
-    *("schema", "name", "summary", "image", "machine", "cpu", "paging", "policy", "console", "end", "limits"),
+    *("schema", "name", "summary", "wrong_of"),
+    *("image", "machine", "cpu", "paging", "policy", "console", "end", "limits"),
 )
 
 
@@ -167,7 +170,11 @@ class Limits:
 
 @frozen(slots=True)
 class Manifest:
-    """A whole ``guest.toml``. ``paging`` is None where the VMM builds no page tables."""
+    """A whole ``guest.toml``. ``paging`` is None where the VMM builds no page tables.
+
+    ``wrong_of`` names the guest in the folder beside this one's that this is the wrong version of: it is held
+    against that guest's script, and fails. Empty for a right one.
+    """
 
     path: Path
     name: str
@@ -180,6 +187,13 @@ class Manifest:
     console: Console = Console()
     end: End = End()
     limits: Limits = Limits()
+    wrong_of: str = ""
+
+    @property
+    def own_script(self) -> Path:
+        """Where the script is that belongs to the guest, whether or not there is one."""
+        folder = self.path.parent
+        return (folder.parent / self.wrong_of if self.wrong_of else folder) / SCRIPT_NAME
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -229,7 +243,15 @@ def _manifest(top: Table, path: Path) -> Manifest:
         console=_console(top.table("console", ("port",)), end),
         end=end,
         limits=_limits(top.table("limits", ("exits", "seconds"))),
+        wrong_of=_wrong_of(top),
     )
+
+
+def _wrong_of(top: Table) -> str:
+    name = top.string("wrong_of", longest=_NAME_LENGTH, default="")
+    if "/" in name or "\\" in name or name in (".", ".."):
+        raise top.error("wrong_of", f"{name!a} is no folder's name", "give the name of the right guest's folder")
+    return name
 
 
 def _machine(table: Table) -> MachineSpec:
