@@ -12,6 +12,8 @@ WRONG = {guest.name: guest for guest in bundled_guests() if guest.wrong_of}
 CAUSES: dict[str, str] = {
     "lazy-binding-open": "after a patch the page of the call site must be read-only again",
     "lazy-binding-torn": "a call site must be patched in one store",
+    "shrink-wrap-clobber": "the cold path must save what the prologue no longer saves",
+    "shrink-wrap-unwind": "the unwind table must say what the prologue saves now",
 }
 
 each_wrong = pytest.mark.parametrize("name", WRONG)
