@@ -293,6 +293,8 @@ page_table:
         .quad   0x15000 + RW            # data, descriptor tables
         .equ    near_entry, page_table + (0x11000 >> 12) * 8
         .equ    far_entry, near_entry + 8
+        .type   near_entry, @object
+        .type   far_entry, @object
         .org    page_table + (STACK_PAGE >> 12) * 8
         .quad   STACK_PAGE + RW
         .org    page_table + 0x1000
