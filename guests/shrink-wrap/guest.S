@@ -200,7 +200,7 @@ damaged:                                # calls after which driver missed a regi
 operands:
         .long   1, 2, 3, 4, 5, 6, 7 | 8 << 12           # the eighth call is an inner one: postponed
         .long   9, 10 | 11 << 12 | 12 << 24, 13         # rewritten: version 2
-        .long   0, 14 | 0 << 12 | 15 << 24, 16          # #DE, through two functions and through four
+        .long   0, 14 | 0 << 12 | 15 << 24, 16          # #DE, through two functions and through three
         .long   17 | RARE, 18 | SCALE_RARE              # the fallback
         .long   19 | RARE | TRAP, 20 | SCALE_RARE | TRAP        # #UD behind it
         .long   21 | (22 | RARE) << 12                  # digest's third, an inner one: postponed
