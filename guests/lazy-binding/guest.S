@@ -170,7 +170,11 @@ patch_store:
         int     CLOCK                   # pending since CLI
         ret
 
+# close_site: write the lines of the site back, and protect its page again; the INVLPG serialises. One x86 processor
+# needs neither to run its new code, others do.
 close_site:
+        clflush [rdi]
+        clflush [rdi + 7]
         mov     rsi, RX
         .if OPEN
         mov     rsi, RW & ~NO_EXECUTE
