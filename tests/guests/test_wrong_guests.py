@@ -14,6 +14,7 @@ CAUSES: dict[str, str] = {
     "lazy-binding-torn": "a call site must be patched in one store",
     "shrink-wrap-clobber": "the cold path must save what the prologue no longer saves",
     "shrink-wrap-unwind": "the unwind table must say what the prologue saves now",
+    "toolpath-unsynchronised": "the controller must synchronise after it",
 }
 
 each_wrong = pytest.mark.parametrize("name", WRONG)
