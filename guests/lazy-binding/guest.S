@@ -205,9 +205,11 @@ protected:
 
 # tick: the clock's handler. It uses the same function as the program, through the same site.
 tick:   push    rax
+        push    r11                     # a call may go by way of `resolve`
         mov     eax, r13d
         call    accumulate
         mov     r13d, eax
+        pop     r11
         pop     rax
         iretq
 
