@@ -8,7 +8,7 @@ is its reader's business: ``elf.py`` wants a guest, ``vmm.audit`` takes anything
 from __future__ import annotations
 
 from io import BytesIO
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from elftools.common.exceptions import ELFError
 from elftools.common.utils import struct_parse
@@ -17,6 +17,8 @@ from elftools.elf.structs import ELFStructs
 from vmm.errors import ImageError
 from vmm.guest.image import ELF_MAGIC
 
+ByteOrder = Literal["little", "big"]
+
 #: Sizes of the ELF header, a program header and a section header in bytes, by class (32, 64 bits).
 EHDR_SIZE: Final = {32: 52, 64: 64}
 PHDR_SIZE: Final = {32: 32, 64: 56}
@@ -24,7 +26,7 @@ SHDR_SIZE: Final = {32: 40, 64: 64}
 #: The most section headers that are read.
 SECTIONS_LIMIT: Final = 4096
 _CLASSES: Final = {1: 32, 2: 64}
-_ORDERS: Final = {1: "little", 2: "big"}
+_ORDERS: Final[dict[int, ByteOrder]] = {1: "little", 2: "big"}
 _AGAIN: Final = "build the image again"
 
 
