@@ -85,10 +85,10 @@ class _Reader:
                 yield StackHeader(number, bool(header.p_flags & _PF_X))
 
     def _dynamic(self, segments: tuple[Segment, ...]) -> DynamicTable | None:
-        for number, header in enumerate(self._headers):
-            if header.p_type == "PT_DYNAMIC":
-                return DynamicTable(Memory(self._file, segments), self._layout, number, header.p_vaddr)
-        return None
+        found = [(number, h.p_vaddr) for number, h in enumerate(self._headers) if h.p_type == "PT_DYNAMIC"]
+        if len(found) > 1:
+            raise self._file.error(f"{len(found)} PT_DYNAMIC headers: which one counts depends on the loader")
+        return DynamicTable(Memory(self._file, segments), self._layout, *found[0]) if found else None
 
     def _bounded(self, tables: Iterator[RelocationTable]) -> Iterator[RelocationTable]:
         total = 0

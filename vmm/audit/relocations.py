@@ -14,6 +14,7 @@ from attrs import define, field
 
 from vmm.audit.finding import Detail, Finding, Rule, Severity
 from vmm.audit.model import Image, Relocation, Segment
+from vmm.audit.names import relocation_type
 
 _SHOWN: Final = 8
 _NONE: Final = 0
@@ -121,7 +122,7 @@ def _details(image: Image, group: _Group) -> tuple[Detail, ...]:
 
 
 def _described(image: Image, table: str, relocation: Relocation) -> str:
-    kind = "" if relocation.type is None else f" type {relocation.type}"
+    kind = "" if relocation.type is None else f" {relocation_type(image.machine, relocation.type)}"
     section = image.section_at(relocation.address)
     symbol = image.symbol(relocation.symbol) if relocation.symbol else None
     return f"{table}{kind}" + (f" in {section}" if section else "") + (f" against {symbol}" if symbol else "")
