@@ -18,7 +18,7 @@ from typing import Final
 from attrs import define, frozen
 
 from vmm.audit.model import Relocation
-from vmm.audit.packed import Layout
+from vmm.audit.packed import Bytes, Layout
 
 _MAGIC: Final = b"APS2"
 #: Bytes of the longest LEB128 number of 64 bits.
@@ -40,7 +40,7 @@ class _Group(enum.IntFlag):
 class _Cursor:
     """Numbers one after the other; raises PackedError at the end of ``data``."""
 
-    data: bytes
+    data: Bytes
     place: int = 0
 
     def next(self) -> int:
@@ -57,10 +57,38 @@ class _Cursor:
 
 
 @frozen(slots=True)
-class AndroidTable:
-    """A packed table. Going through it raises PackedError where it is damaged, as ``len`` does."""
+class _Head:
+    """A group's head: ``size`` relocations; ``delta`` and ``info`` where they all have the same."""
 
-    data: bytes
+    size: int
+    delta: int | None
+    info: int | None
+    own_addends: bool
+
+    @classmethod
+    def read(cls, cursor: _Cursor, left: int) -> _Head:
+        size = cursor.next()
+        if not 0 < size <= left:
+            raise PackedError(f"has a group of {size} relocations where {left} are left")
+        flags = _Group(cursor.next() & 0xF)
+        delta = cursor.next() if flags & _Group.BY_OFFSET else None
+        info = cursor.next() if flags & _Group.BY_INFO else None
+        addends = flags & (_Group.HAS_ADDEND | _Group.BY_ADDEND)
+        if addends == _Group.HAS_ADDEND | _Group.BY_ADDEND:
+            cursor.next()
+        return cls(size, delta, info, own_addends=addends == _Group.HAS_ADDEND)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers each of its relocations has of its own."""
+        return (self.delta is None) + (self.info is None) + self.own_addends
+
+
+@frozen(slots=True)
+class AndroidTable:
+    """A packed table. A few bytes may stand for any number of relocations; ``check`` costs what the bytes do."""
+
+    data: Bytes
     layout: Layout
 
     def __len__(self) -> int:
@@ -68,32 +96,33 @@ class AndroidTable:
 
     def __iter__(self) -> Iterator[Relocation]:
         cursor, left = self._begin()
+        split_info, mask = self.layout.split_info, (1 << self.layout.bits) - 1
         offset = cursor.next()
         while left:
-            size = cursor.next()
-            if not 0 < size <= left:
-                raise PackedError(f"has a group of {size} relocations where {left} are left")
-            left -= size
-            for delta, info in self._group(cursor, size):
-                offset = offset + delta & (1 << self.layout.bits) - 1
-                symbol, kind = self.layout.split_info(info & (1 << self.layout.bits) - 1)
+            head = _Head.read(cursor, left)
+            left -= head.size
+            for _ in range(head.size):
+                offset = offset + (cursor.next() if head.delta is None else head.delta) & mask
+                symbol, kind = split_info((cursor.next() if head.info is None else head.info) & mask)
+                if head.own_addends:
+                    cursor.next()
                 yield Relocation(offset, kind, symbol)
 
+    def check(self) -> None:
+        """Raise PackedError if going through the table, or its ``len``, would."""
+        cursor, left = self._begin()
+        cursor.next()
+        while left:
+            head = _Head.read(cursor, left)
+            left -= head.size
+            for _ in range(head.size * head.numbers):
+                cursor.next()
+
     def _begin(self) -> tuple[_Cursor, int]:
-        if not self.data.startswith(_MAGIC):
+        if bytes(self.data[: len(_MAGIC)]) != _MAGIC:
             raise PackedError("does not begin with APS2")
         cursor = _Cursor(self.data, len(_MAGIC))
-        return cursor, max(cursor.next(), 0)
-
-    def _group(self, cursor: _Cursor, size: int) -> Iterator[tuple[int, int]]:
-        """The difference of r_offset, and r_info, of each relocation of a group whose size has been read."""
-        flags = _Group(cursor.next() & 0xF)
-        delta = cursor.next() if flags & _Group.BY_OFFSET else None
-        info = cursor.next() if flags & _Group.BY_INFO else None
-        addends = flags & (_Group.HAS_ADDEND | _Group.BY_ADDEND)
-        if addends == _Group.HAS_ADDEND | _Group.BY_ADDEND:
-            cursor.next()
-        for _ in range(size):
-            yield cursor.next() if delta is None else delta, cursor.next() if info is None else info
-            if addends == _Group.HAS_ADDEND:
-                cursor.next()
+        count = cursor.next()
+        if count < 0:
+            raise PackedError(f"has {count} relocations")
+        return cursor, count

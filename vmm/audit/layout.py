@@ -97,8 +97,9 @@ def _overlap(one: Segment, other: Segment) -> bool:
 
 
 def _share_page(one: Segment, other: Segment) -> bool:
-    touching = one.pages[0] < other.pages[1] and other.pages[0] < one.pages[1]
-    return touching and _split_write_and_execute(one, other) and not _overlap(one, other)
+    if not _split_write_and_execute(one, other) or _overlap(one, other):
+        return False
+    return one.pages[0] < other.pages[1] and other.pages[0] < one.pages[1]
 
 
 def _same_bytes(one: Segment, other: Segment) -> bool:

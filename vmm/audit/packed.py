@@ -14,6 +14,9 @@ from attrs import frozen
 from vmm.audit.model import Relocation
 from vmm.guest.elf_file import ByteOrder
 
+#: A part of the file, copied or not.
+Bytes = bytes | memoryview
+
 
 @frozen(slots=True)
 class Layout:
@@ -28,7 +31,7 @@ class Layout:
         """Bytes of an address."""
         return self.bits // 8
 
-    def words(self, data: bytes) -> Iterator[tuple[int, ...]]:
+    def words(self, data: Bytes) -> Iterator[tuple[int, ...]]:
         """``data`` as words of an address's size, one at a time; a rest is left out."""
         return self.structure(1).iter_unpack(data[: len(data) - len(data) % self.word])
 
@@ -50,7 +53,7 @@ class Layout:
 class RelTable:
     """REL (``words`` = 2: r_offset, r_info) or RELA (3: and r_addend)."""
 
-    data: bytes
+    data: Bytes
     words: int
     layout: Layout
 
@@ -71,7 +74,7 @@ class RelrTable:
     All of them are relative: RELR names no type and no symbol.
     """
 
-    data: bytes
+    data: Bytes
     layout: Layout
 
     def __len__(self) -> int:

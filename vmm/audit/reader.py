@@ -122,7 +122,7 @@ class _Reader:
         for _, name, header in sections:
             kind = _KINDS.get(header.sh_type)
             if kind is not None:
-                data = self._file.slice(header.sh_offset, header.sh_size, name or "a section of relocations")
+                data = self._file.view(header.sh_offset, header.sh_size, name or "a section of relocations")
                 yield table_of(name, kind, data, self._layout, self._file)
 
 

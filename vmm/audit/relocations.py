@@ -57,33 +57,31 @@ def declared(image: Image) -> Iterator[Finding]:
 
 def into_text(image: Image) -> Iterator[Finding]:
     """Relocations of memory without write permission, a finding a segment, and those of no memory at all."""
-    writable = _Ranges(segment for segment in image.segments if segment.writable)
-    groups: dict[Segment | None, _Group] = {}
+    memory = _Memory(image.segments)
+    outside, inside = _Group(), {segment.number: _Group() for segment in image.segments}
     for table in image.relocations:
         for relocation in table.entries:
-            if relocation.type != _NONE and not writable.hold(relocation.address):
-                segment = next((s for s in image.segments if s.holds(relocation.address)), None)
-                groups.setdefault(segment, _Group()).add(table.name, relocation)
-    for segment, group in groups.items():
-        yield _text_finding(image, segment, group) if segment else _outside_finding(image, group)
+            if relocation.type != _NONE:
+                segment = memory.at(relocation.address)
+                if segment is None:
+                    outside.add(table.name, relocation)
+                elif not segment.writable:
+                    inside[segment.number].add(table.name, relocation)
+    yield from (_text_finding(image, s, inside[s.number]) for s in image.segments if inside[s.number].count)
+    if outside.count:
+        yield _outside_finding(image, outside)
 
 
-class _Ranges:
-    """The memory of some segments, for many questions."""
+class _Memory:
+    """What lies where, for millions of questions. Where segments overlap, a writable one goes before the others."""
 
-    def __init__(self, segments: Iterator[Segment]) -> None:
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-        for segment in sorted(segments, key=lambda segment: segment.start):
-            if self._ends and segment.start <= self._ends[-1]:
-                self._ends[-1] = max(self._ends[-1], segment.end)
-            else:
-                self._starts.append(segment.start)
-                self._ends.append(segment.end)
+    def __init__(self, segments: tuple[Segment, ...]) -> None:
+        by_preference = sorted(segments, key=lambda segment: not segment.writable)
+        self._starts = sorted({0, *(address for s in segments for address in (s.start, s.end))})
+        self._owners = [next((s for s in by_preference if s.holds(start)), None) for start in self._starts]
 
-    def hold(self, address: int) -> bool:
-        index = bisect_right(self._starts, address) - 1
-        return index >= 0 and address < self._ends[index]
+    def at(self, address: int) -> Segment | None:
+        return self._owners[bisect_right(self._starts, address) - 1]
 
 
 def _text_finding(image: Image, segment: Segment, group: _Group) -> Finding:

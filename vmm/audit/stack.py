@@ -14,9 +14,14 @@ from typing import Final
 from vmm.audit.finding import Finding, Rule, Severity
 from vmm.audit.model import Image
 
-#: Machines on which Linux leaves the stack alone.
-_KERNEL_DATA_ONLY: Final = {"EM_X86_64", "EM_AARCH64", "EM_PPC64"}
-#: Machines on which glibc's loader does as well.
+_SINCE_5_8: Final = "Linux before 5.8 made all readable memory of such a program executable, 5.8 and later do not"
+#: What Linux does, on machines on which it leaves the stack of 64-bit programs alone.
+_KERNEL_DATA_ONLY: Final = {
+    "EM_X86_64": _SINCE_5_8,
+    "EM_AARCH64": _SINCE_5_8,
+    "EM_PPC64": "Linux does not make the stack of a 64-bit PowerPC program executable, but other systems may",
+}
+#: Machines on which glibc's loader leaves it alone as well.
 _LOADER_DATA_ONLY: Final = {"EM_AARCH64", "EM_PPC64"}
 _EXECUTABLE: Final = (
     "whatever can write to the stack can put code there; find the object that asks for it (assembly without a "
@@ -42,10 +47,11 @@ def not_declared(image: Image) -> Iterator[Finding]:
 
 
 def _without_header(image: Image) -> tuple[Severity, str]:
-    machine = image.machine.removeprefix("EM_")
-    if image.machine not in _KERNEL_DATA_ONLY or image.bits == 32:
+    harmless = _KERNEL_DATA_ONLY.get(image.machine)
+    if harmless is None or image.bits == 32:
+        machine = image.machine.removeprefix("EM_")
         why = f"for a {image.bits}-bit {machine} file without one, Linux makes the stack executable, or may"
         return Severity.ERROR, f"{why}, and on some machines all other readable memory as well"
     if image.dynamic is not None and image.machine not in _LOADER_DATA_ONLY:
         return Severity.ERROR, "glibc's loader takes a dynamic object without one to need an executable stack"
-    return Severity.NOTE, "Linux before 5.8 made all readable memory of such a program executable, 5.8 and later do not"
+    return Severity.NOTE, harmless

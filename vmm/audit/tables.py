@@ -75,12 +75,12 @@ class Memory:
     file: ElfFile
     segments: tuple[Segment, ...]
 
-    def read(self, address: int, size: int, name: str) -> bytes:
+    def view(self, address: int, size: int, name: str) -> memoryview:
         """``size`` bytes at ``address``; raises ImageError where the file has none. ``name`` says what they are."""
         for segment in self.segments:
             place = address - segment.start
             if place >= 0 and place + size <= segment.file_size:
-                return self.file.slice(segment.offset + place, size, name)
+                return self.file.view(segment.offset + place, size, name)
         what = f"{name} at {address:#x}, of {size:#x} bytes, lies in no segment's part of the file"
         raise self.file.error(what, _DEBUG_ONLY)
 
@@ -92,6 +92,19 @@ class Memory:
                 start = segment.offset + place
                 return self.file.data[start : start + min(size, segment.file_size - place)]
         return b""
+
+
+@frozen(slots=True)
+class _Extent:
+    """Where the table that an entry locates is in memory; ``size`` is bytes."""
+
+    tag: Tag
+    start: int
+    size: int
+
+    def within(self, other: _Extent) -> bool:
+        inside = other.start <= self.start and self.start + self.size <= other.start + other.size
+        return inside and self.tag is not other.tag
 
 
 class DynamicTable:
@@ -118,17 +131,16 @@ class DynamicTable:
 
     def relocations(self) -> Iterator[RelocationTable]:
         """All tables of relocations, less one that another contains."""
-        ranges = {
-            tag: range(self._entries[tag], self._entries[tag] + self._entries.get(size, 0))
+        extents = [
+            _Extent(tag, self._entries[tag], self._entries.get(size, 0))
             for tag, size in _LOCATIONS
             if tag in self._entries
-        }
-        plt = ranges.get(Tag.JMPREL)
-        for tag, place in ranges.items():
+        ]
+        for extent in extents:
             # Some linkers count DT_JMPREL, which comes last in it, to DT_RELA.
-            contained = tag is Tag.JMPREL and any(_within(plt, o) for t, o in ranges.items() if t is not tag)
-            if place and not contained:
-                yield self._table(tag, place)
+            contained = extent.tag is Tag.JMPREL and any(extent.within(other) for other in extents)
+            if extent.size and not contained:
+                yield self._table(extent)
 
     def symbol(self, index: int) -> str | None:
         """The name of a symbol, None if it has none or is not in the file."""
@@ -153,10 +165,10 @@ class DynamicTable:
             raise self._memory.file.error(f"more than {DYNAMIC_LIMIT} entries in the dynamic table")
         return entries
 
-    def _table(self, tag: Tag, place: range) -> RelocationTable:
-        name = f"DT_{tag.name}"
-        data = self._memory.read(place.start, len(place), name)
-        return table_of(name, self._kind(tag), data, self._layout, self._memory.file)
+    def _table(self, extent: _Extent) -> RelocationTable:
+        name = f"DT_{extent.tag.name}"
+        data = self._memory.view(extent.start, extent.size, name)
+        return table_of(name, self._kind(extent.tag), data, self._layout, self._memory.file)
 
     def _kind(self, tag: Tag) -> Tag:
         if tag is not Tag.JMPREL:
@@ -167,7 +179,7 @@ class DynamicTable:
         return Tag(kind)
 
 
-def table_of(name: str, kind: Tag, data: bytes, layout: Layout, file: ElfFile) -> RelocationTable:
+def table_of(name: str, kind: Tag, data: memoryview, layout: Layout, file: ElfFile) -> RelocationTable:
     """The table ``data`` of a kind of relocations (REL, RELA, RELR, or Android's); raises ImageError."""
     entries: RelTable | RelrTable | AndroidTable
     if kind in (Tag.REL, Tag.RELA):
@@ -180,9 +192,8 @@ def table_of(name: str, kind: Tag, data: bytes, layout: Layout, file: ElfFile) -
         raise too_many(file)
     try:
         count = len(entries)
-        if isinstance(entries, AndroidTable) and count <= RELOCATIONS_LIMIT:
-            for _ in entries:
-                pass
+        if isinstance(entries, AndroidTable):
+            entries.check()
     except PackedError as problem:
         raise file.error(f"{name} {problem}") from None
     return RelocationTable(name, count, entries)
@@ -191,7 +202,3 @@ def table_of(name: str, kind: Tag, data: bytes, layout: Layout, file: ElfFile) -
 def too_many(file: ElfFile) -> ImageError:
     """The error for more than RELOCATIONS_LIMIT relocations."""
     return file.error(f"more than {RELOCATIONS_LIMIT:,} relocations", "the file is damaged: build it again")
-
-
-def _within(inner: range | None, outer: range) -> bool:
-    return inner is not None and outer.start <= inner.start and inner.stop <= outer.stop

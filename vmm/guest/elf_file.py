@@ -79,10 +79,14 @@ class ElfFile:
 
     def slice(self, offset: int, size: int, name: str) -> bytes:
         """``size`` bytes of the file from ``offset`` on; ``name`` says what they are."""
+        return bytes(self.view(offset, size, name))
+
+    def view(self, offset: int, size: int, name: str) -> memoryview:
+        """As ``slice``, but not copied."""
         if offset + size > len(self.data):
             what = f"{name} ends at {offset + size:#x} of the file, which has {len(self.data):#x} bytes"
             raise self.error(what, "the file is truncated or damaged: build it again")
-        return self.data[offset : offset + size]
+        return memoryview(self.data)[offset : offset + size]
 
     def error(self, what: str, fix: str = _AGAIN) -> ImageError:
         """The error that says ``what`` is wrong with this file."""
