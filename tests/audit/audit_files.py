@@ -42,7 +42,9 @@ def dynamic(tags, blobs=None, *, loads=(), **options):
     table = b"".join(file.words(tag, values.get(value, value)) for tag, value in tags) + file.words(NULL, 0)
     data = Load(DATA, table + b"".join(blobs.values()), flags=R | W)
     header = Load(type=DYNAMIC_HEADER, data=b"", paddr=DATA, flags=R | W, filesz=size, memsz=size)
-    return elf(data, *loads, header, **options)
+    file = elf(data, *loads, header, **options)
+    header.offset = file.layout("ehdr").size + len(file.loads) * file.layout("phdr").size + len(CODE.data)
+    return file
 
 
 def rel(file, *relocations, addend=None):

@@ -94,7 +94,7 @@ def test_names_of_sections_beyond_the_end():
     assert rules(file[:place] + b"\xff" * 8 + file[place + 8 :]) == ["sections-unreadable"]
 
 
-def everything(bits, order):
+def everything(bits, order, *, android=True):
     """A file with all that the audit reads."""
     options = {"bits": bits, "order": order}
     file = elf(**options)
@@ -108,7 +108,7 @@ def everything(bits, order):
     }
     tags = [(FLAGS, 4), (TEXTREL, 0), (RELA, "rela"), (RELASZ, "len rela"), (JMPREL, "plt"), (PLTRELSZ, "len plt")]
     tags += [(PLTREL, 17), (RELR, "relr"), (RELRSZ, "len relr"), (SYMTAB, "sym"), (STRTAB, "str")]
-    tags += [(ANDROID_RELA, "packed"), (ANDROID_RELASZ, "len packed")]
+    tags += [(ANDROID_RELA, "packed"), (ANDROID_RELASZ, "len packed")] if android else []
     sections = [Section(".text", addr=TEXT, size=64, flags=7), Section(".data", addr=DATA, size=64, flags=3)]
     return dynamic(tags, blobs, loads=[Load(0x40000, b"\xcc" * 16, flags=7)], sections=sections, **options).build()
 
