@@ -48,7 +48,7 @@ def test_a_finding_for_people(vmm, image):
     patch = Section(".patch", addr=0x30000, size=4, flags=7)
     lines = vmm("audit", image("bad", STACK, RWX, sections=[patch])).stdout.splitlines()
     assert lines[1] == "  error  writable-executable-segment"
-    assert lines[2].strip() == "segment 1 is writable and executable (RWE): 0x30000 to 0x30004"
+    assert lines[2].strip() == "segment 2 is writable and executable (RWE): 0x30000 to 0x30004"
     assert lines[3].strip() == "0x30000  section .patch, both"
     assert max(map(len, lines[1:])) <= 112
 

@@ -12,8 +12,8 @@ _SECTIONS_SHOWN: Final = 8
 #: On these machines the address of a function in the headers is that of a descriptor, which is data.
 _FUNCTION_DESCRIPTORS: Final = {"EM_IA_64", "EM_PARISC"}
 _RWX: Final = (
-    "the program can change this code while it runs, and so can whoever gets it to write there; link code and data "
-    "into segments of their own (not with -N or -z rwx, and with no section flagged both `w` and `x`)"
+    "the program can change this code while it runs, and so can whoever gets it to write there; give code and data "
+    "segments of their own (link without -N; no section may be both SHF_WRITE and SHF_EXECINSTR)"
 )
 _NO_CODE: Final = (
     "either it fails, or something makes data executable first, as packers do; look at what the loader or the first "

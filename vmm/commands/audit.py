@@ -27,9 +27,13 @@ _MISSING: Final = "give an ELF executable or shared object, or the name of a bun
 
 @frozen(slots=True)
 class Audited:
-    """An image and what was found in it; ``digest`` is the SHA-256 of the file, hexadecimal."""
+    """An image and what was found in it.
 
-    path: str
+    ``target`` is what the user called it, ``digest`` the SHA-256 of the file, hexadecimal.
+    """
+
+    target: str
+    path: Path
     digest: str
     image: Image
     findings: tuple[Finding, ...]
@@ -56,7 +60,7 @@ def audit_file(target: str) -> Audited:
     path = _path(target)
     data = read_file(path, _FILE_LIMIT, error=ImageError, fix=_MISSING)
     image = read_image(data, one_line(path))
-    return Audited(str(path), hashlib.sha256(data).hexdigest(), image, findings(image))
+    return Audited(target, path, hashlib.sha256(data).hexdigest(), image, findings(image))
 
 
 def document(audited: list[Audited]) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def _show(audited: list[Audited], screen: Screen) -> None:
     for one in audited:
         errors, notes = one.count(Severity.ERROR), one.count(Severity.NOTE)
         style = Style.BAD if errors else Style.GOOD
-        painter.line(f"{one_line(one.path)}: {_verdict(errors, notes)}", style)
+        painter.line(f"{one_line(one.target)}: {_verdict(errors, notes)}", style)
         for finding in one.findings:
             _show_finding(finding, painter)
 
