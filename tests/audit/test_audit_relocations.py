@@ -23,6 +23,7 @@ from audit_files import (
     TEXT,
     TEXTREL,
     R,
+    W,
     dynamic,
     elf,
     found,
@@ -75,6 +76,13 @@ class TestTextRelocations:
         relro = Load(type=RELRO_HEADER, data=b"", paddr=DATA, flags=R, memsz=0x1000, filesz=0)
         file = dynamic(RELA_TAGS, {"rela": rel(elf(), (DATA + 8, 0, 8), addend=0)}, loads=[relro])
         assert rules(file) == []
+
+    def test_where_segments_overlap_the_overlap_is_the_finding(self):
+        under = Load(0x40000, bytes(64), flags=R)
+        over = Load(0x40010, bytes(16), flags=R | W)
+        place = rel(elf(), (0x40018, 0, 8), addend=0)
+        for loads in ([under, over], [over, under]):
+            assert "text-relocations" not in rules(dynamic(RELA_TAGS, {"rela": place}, loads=loads))
 
     def test_a_relocation_that_writes_nothing_is_none(self):
         assert rules(with_rela((TEXT, 0, 0), (0, 0, 0))) == []

@@ -4,6 +4,7 @@ import pytest
 from audit_files import (
     AARCH64,
     ARM,
+    CODE,
     DATA,
     FINI,
     FORMATS,
@@ -24,7 +25,7 @@ from audit_files import (
     found,
     rules,
 )
-from guest.elf_builder import Load, Section
+from guest.elf_builder import Elf, Load, Section
 
 RULE = "writable-executable-segment"
 
@@ -72,6 +73,11 @@ def test_section_flags_alone_are_nothing_that_a_loader_looks_at():
 def test_execution_starts_in_code(entry, starts, bits, order):
     file = elf(Load(0x30000, bytes(16), flags=R | W), entry=entry, bits=bits, order=order)
     assert ("start-not-executable" in rules(file)) == starts
+
+
+def test_a_shared_object_without_an_entry_point_starts_nowhere():
+    """Although 0 is an address of its first segment."""
+    assert rules(Elf([Load(0, bytes(64), flags=R), CODE, NO_EXECUTABLE_STACK], entry=0, type=3)) == []
 
 
 @pytest.mark.parametrize("tag", [INIT, FINI])
