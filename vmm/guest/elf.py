@@ -25,7 +25,8 @@ _ADDRESSES: Final = 1 << 64
 # A symbol: st_name, st_info (type 3:0, binding 7:4), st_other, st_shndx, st_value, st_size.
 _SYMBOL: Final = struct.Struct("<IBBHQQ")
 _STB_GLOBAL, _STB_WEAK = 1, 2
-_STT_NAMES_A_PLACE: Final = (0, 1, 2)  # NOTYPE, OBJECT, FUNC
+_STT_OBJECT: Final = 1
+_STT_NAMES_A_PLACE: Final = (0, _STT_OBJECT, 2)  # NOTYPE, OBJECT, FUNC
 _SHN_UNDEF, _SHN_ABS, _SHN_COMMON = 0, 0xFFF1, 0xFFF2
 _LINKER_MARKS: Final = {"__bss_start", "_edata", "edata", "_end", "end", "_etext", "etext"}
 
@@ -84,7 +85,7 @@ class _Elf:
             if info & 0xF in _STT_NAMES_A_PLACE and section not in (_SHN_UNDEF, _SHN_COMMON):
                 name = self._name(names, offset)
                 if name:
-                    yield _symbol(name, info >> 4, section, value)
+                    yield _symbol(name, info, section, value)
 
     def _check_header(self) -> None:
         file, header = self._file, self.header
@@ -127,9 +128,10 @@ class _Elf:
         return clean_name(names[offset : end if end >= 0 else offset + NAME_LIMIT])
 
 
-def _symbol(name: str, binding: int, section: int, value: int) -> Symbol:
+def _symbol(name: str, info: int, section: int, value: int) -> Symbol:
     if section == _SHN_ABS:
         return Symbol(name, value, Rank.CONSTANT)
     if name in _LINKER_MARKS:
         return Symbol(name, value, Rank.MARK)
-    return Symbol(name, value, Rank.GLOBAL if binding in (_STB_GLOBAL, _STB_WEAK) else Rank.LOCAL)
+    rank = Rank.GLOBAL if info >> 4 in (_STB_GLOBAL, _STB_WEAK) else Rank.LOCAL
+    return Symbol(name, value, rank, is_data=info & 0xF == _STT_OBJECT)
