@@ -123,6 +123,7 @@ def guests(*, as_json: bool) -> None:
 @click.option("--audit", is_flag=True, help="Check the bytes of each block whenever it is entered (slow).")
 @click.option("--check", is_flag=True, help="Check the rules of the trap after every transition.")
 @click.option("--blocks", is_flag=True, help="Record every translated block that is made or dropped.")
+@click.option("--wx", type=click.Choice(["off", "fault", "stop"]), help="W^X policy instead of the manifest's.")
 @click.option("--seconds", type=float, metavar="S", help="Time limit instead of the manifest's.")
 @click.option("--capacity", type=int, metavar="N", help="How many translated blocks are kept.")
 @click.option("--all", "everything", is_flag=True, help="Show every record: fold no loops, cut nothing off.")

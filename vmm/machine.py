@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Literal, Self
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from vmm.cpu.defects import block_is_affected
 from vmm.cpu.events import Event, EventType
@@ -14,7 +14,7 @@ from vmm.devices import ConsolePort, DebugExit, PortBus
 from vmm.ept import ExtendedPageTables, Permission
 from vmm.ept.tables import GPA_LIMIT
 from vmm.errors import AuditError, OptionError
-from vmm.exits import BlockEvent, End, FrameEvent, Record
+from vmm.exits import BlockEvent, End, FrameEvent, Json, Record
 from vmm.guest import boot
 from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest, load_guest
@@ -30,6 +30,8 @@ from vmm.trap.door import Door
 from vmm.trap.frames import RW, FrameControl, verify_frame
 from vmm.trap.guard import StepGuard
 from vmm.trap.policy import Trap, TrapPolicy
+from vmm.trap.refusal import Refusals
+from vmm.trap.wx import ANSWERS, is_approved
 from vmm.vcpu import VirtualCpu, verify_engine
 
 
@@ -40,7 +42,7 @@ class RunOptions:
     ``audit`` checks the bytes of every block at every entry (slow). ``check`` verifies the rules of the trap after
     every transition. ``single_step`` executes everything on the stepping engine, one instruction at a time, as an
     oracle for the rest. ``block_events`` has every block event reported. ``capacity`` is that of the block cache, in
-    blocks. ``seconds`` overrides the manifest's wall-clock limit.
+    blocks. ``seconds`` overrides the manifest's wall-clock limit, ``wx`` its W^X policy.
     """
 
     audit: bool = False
@@ -49,6 +51,7 @@ class RunOptions:
     block_events: bool = False
     capacity: int = DEFAULT_CAPACITY
     seconds: float | None = None
+    wx: Literal["off", "fault", "stop"] | None = None
 
 
 class Machine:
@@ -60,8 +63,8 @@ class Machine:
 
     def __init__(self, guest: Guest, options: RunOptions | None = None) -> None:
         verify_engine()
-        self.guest: Final = guest
         self.options: Final = options or RunOptions()
+        self.guest: Final = _with_policy(guest, self.options)
         state = boot.build(guest)
         self.reporter: Final = Reporter(guest.manifest.limits.exits)
         self.ports: Final = PortBus()
@@ -78,6 +81,7 @@ class Machine:
         )
         self.instruction_exits.instruction = self.vcpu.instruction
         self.control: Final = FrameControl(
+            self.memory,
             self.ept,
             self.frames,
             self.blocks,
@@ -208,7 +212,10 @@ class Machine:
         return b"".join(self.memory.read(hpa, length) for hpa, _, length in self._places(gpa, size))
 
     def write(self, gpa: int, data: bytes) -> None:
-        """Change memory from the host; raises ``OptionError`` where there is none, or it is sealed."""
+        """Change memory from the host; raises ``OptionError`` where there is none, or it is sealed.
+
+        Under a W^X policy the frames are no longer approved.
+        """
         places = self._places(gpa, len(data))
         self._refuse_sealed(places, "write")
         pieces = [(hpa, where, data[where - gpa : where - gpa + length]) for hpa, where, length in places]
@@ -220,13 +227,18 @@ class Machine:
     def alias(self, gpa: int, target: int, size: int) -> None:
         """Make ``size`` bytes of GPAs reach the frames of other GPAs (all multiples of 4096).
 
-        Raises ``OptionError`` for anything else, for GPAs from 2^48 on, and for targets without memory; then nothing
-        has changed.
+        Raises ``OptionError`` for anything else, for GPAs from 2^48 on, for GPAs that lead to sealed frames, and for
+        targets without memory; then nothing has changed.
         """
         if (gpa | target | size) % PAGE or not 0 <= gpa <= gpa + size <= GPA_LIMIT:
             what = f"{size:#x} bytes at GPA {gpa:#x} for {target:#x}"
             raise OptionError(what, where="alias", fix="give multiples of 4096 below 2^48")
-        for host, where, _ in self._places(target, size):
+        places = self._places(target, size)
+        for page in range(gpa, gpa + size, PAGE):
+            before = self.control.host_of(page)
+            if before is not None and self.frames.at(before).state is FrameState.SEALED:
+                raise OptionError(f"GPA {page:#x} is sealed", where="alias", fix="sealed code stays where it is")
+        for host, where, _ in places:
             self._map(gpa + where - target, self.frames.at(host))
         self.vcpu.mmu.frames_changed()
         self.vcpu.free.flush_tlb()
@@ -234,20 +246,43 @@ class Machine:
     def protect(self, gpa: int, size: int, access: Permission) -> None:
         """Change what the EPT allows for whole pages until the next change of their frame's state.
 
-        Raises ``OptionError`` for writable and executable together, which no frame ever is, and for sealed frames
-        that are to be writable.
+        Raises ``OptionError`` for writable and executable together, which no frame ever is, for sealed frames
+        that are to be writable, and for frames that a W^X policy has not approved and that are to be executable.
         """
         if access & Permission.W and access & Permission.X:
             raise OptionError(f"access {access}", where="protect", fix="a frame is writable or executable, never both")
         places = self._places(gpa & -PAGE, size + gpa % PAGE)
         if access & Permission.W:
             self._refuse_sealed(places, "protect")
+        if access & Permission.X and self.keeps_wx:
+            self._refuse_unapproved(places)
         for hpa, where, _ in places:
             self.control.protect(self.frames.at(hpa), access, where & -PAGE)
         self.vcpu.free.flush_tlb()
 
+    @property
+    def keeps_wx(self) -> bool:
+        """Whether the run has a W^X policy."""
+        return self.guest.manifest.policy.wx != "off"
+
+    def approve(self, gpa: int, size: int) -> None:
+        """Let the frames of ``size`` bytes be executed as they are now, under a W^X policy, until they are written.
+
+        Raises ``OptionError`` where there is no memory, and in a run without such a policy.
+        """
+        if not self.keeps_wx:
+            raise OptionError("the run has no W^X policy", where="approve", fix="give [policy].wx or RunOptions.wx")
+        for hpa, _, _ in self._places(gpa, size):
+            frame = self.frames.at(hpa)
+            if not is_approved(frame):
+                self.control.move(frame, FrameState.CODE, "approve")
+
     def seal(self, gpa: int, size: int) -> None:
-        """Make code final: every later store to these frames is refused, through whichever alias, for good."""
+        """Make code final: every later store to these frames is refused, through whichever alias, for good.
+
+        An instruction that is under way, as when a device seals in the middle of an INS, is completed first. Under
+        a W^X policy the frames are approved by this.
+        """
         for hpa, _, _ in self._places(gpa, size):
             frame = self.frames.at(hpa)
             if frame.state is not FrameState.SEALED:
@@ -262,6 +297,11 @@ class Machine:
         for hpa, where, _ in places:
             if self.frames.at(hpa).state is FrameState.SEALED:
                 raise OptionError(f"GPA {where:#x} is sealed", where=what, fix="sealed code never changes")
+
+    def _refuse_unapproved(self, places: list[tuple[int, int, int]]) -> None:
+        for hpa, where, _ in places:
+            if not is_approved(self.frames.at(hpa)):
+                raise OptionError(f"GPA {where:#x} is not approved", where="protect", fix="approve it first")
 
     def _places(self, gpa: int, size: int) -> list[tuple[int, int, int]]:
         """(HPA, GPA, bytes) page by page; raises ``OptionError`` where nothing is mapped."""
@@ -285,9 +325,14 @@ class Machine:
     def _make_loop(self) -> RunLoop:
         vcpu, policy = self.vcpu, self.guest.manifest.policy
         guard = StepGuard(self.memory, self.frames, self.control, self.door, vcpu)
+        refusals = Refusals(
+            policy.wx, self.frames, vcpu.mmu, vcpu.context, vcpu.instruction, self.reporter, finish=self._finish
+        )
+        if refusals.keeps_wx:
+            vcpu.mmu.judges = True
+            self.door.written = self.control.open_window
         trap = Trap(
             TrapPolicy(policy.reads, policy.writes),
-            self.memory,
             self.frames,
             self.control,
             self.door,
@@ -295,9 +340,13 @@ class Machine:
             vcpu.instruction,
             guard,
             self.reporter,
+            refusals,
         )
-        linear = GuestLinearMemory(self.memory, self.ept, vcpu.mmu, self.door, vcpu.context)
+        linear = GuestLinearMemory(self.memory, self.ept, vcpu.mmu, self.door, vcpu.context, refusals)
         return RunLoop(vcpu, trap, self.blocks, self.reporter, linear, self.options.single_step)
+
+    def _finish(self, reason: str, detail: Json) -> None:
+        self.loop.finish(reason, detail)
 
     def _attach_devices(self) -> None:
         manifest = self.guest.manifest
@@ -314,8 +363,9 @@ class Machine:
         for gpa, data in state.writes:
             self.memory.write(gpa, data)
         self.memory.write(state.memory, system.data)
+        state_of_code = FrameState.SEALED if self.guest.manifest.policy.code == "seal" else FrameState.CODE
         for gpa in state.code_frames:
-            self.control.move(self.frames.at(gpa), FrameState.CODE, "image")
+            self.control.move(self.frames.at(gpa), state_of_code, "image")
         self.vcpu.reset_to(state)
         paging = self.guest.manifest.paging
         if paging is not None and system.data:
@@ -385,6 +435,20 @@ class Machine:
             self.reporter.emit(
                 BlockEvent(event, block.number, gpa, block.gva, block.size, block.mode, cause)
             )
+
+
+def _with_policy(guest: Guest, options: RunOptions) -> Guest:
+    """The guest with the W^X policy that it is run with; raises ``OptionError`` if it cannot be."""
+    wx = guest.manifest.policy.wx if options.wx is None else options.wx
+    if wx not in ANSWERS:
+        raise OptionError(f"wx = {wx!r}", where="policy", fix=f"choose one of {', '.join(ANSWERS)}")
+    if wx != "off" and not guest.manifest.has_page_tables:
+        fix = "give it [paging], or no W^X policy"
+        raise OptionError("without page tables everything is writable and executable", where="wx", fix=fix)
+    if wx == guest.manifest.policy.wx:
+        return guest
+    manifest = guest.manifest
+    return evolve(guest, manifest=evolve(manifest, policy=evolve(manifest.policy, wx=wx)))
 
 
 __all__ = ["FrameEvent", "Machine", "Record", "RunOptions"]

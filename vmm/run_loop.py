@@ -19,11 +19,12 @@ from vmm.cpu.state import LinearMemory
 from vmm.cpu.syscall import syscall
 from vmm.exits import End, ExitReason, Json
 from vmm.memory import PAGE
-from vmm.mmu import GuestFault, Misconfiguration, NonCanonical, UnmappedStructure, Violation
+from vmm.mmu import GuestFault, Misconfiguration, NonCanonical, Unjudged, UnmappedStructure, Violation
 from vmm.paging.access import ErrorCode
 from vmm.reporter import Reporter
 from vmm.translation import BlockCache, Span
 from vmm.trap.policy import Trap, UnmappedAccess
+from vmm.trap.refusal import RunEnded
 from vmm.vcpu import VirtualCpu
 
 _UNDEFINED: Final = Event(Vector.UD, EventType.HARDWARE_EXCEPTION)
@@ -196,6 +197,10 @@ class RunLoop:
         """A TLB fill was refused: by the guest's page tables, or by the EPT."""
         refusal = self.vcpu.mmu.refusal
         match refusal:
+            case (Violation() | Unjudged()) if self._is_early_use(refusal.page, refusal.access):
+                self._answer(self._step())
+            case Unjudged():
+                self._answer(self.trap.answer_use(refusal))
             case Violation():
                 try:
                     self._answer(self.trap.answer(refusal))
@@ -228,6 +233,10 @@ class RunLoop:
         """Whether the current instruction is none: the engine loads an operand before it finds out."""
         return not self.vcpu.instruction.decoded.length
 
+    def _is_early_use(self, page: int, access: int) -> bool:
+        """Whether it is too early for the W^X policy to judge a fetch."""
+        return self.trap.refusals.keeps_wx and self._is_early(page, access)
+
     def _is_early(self, page: int, access: int) -> bool:
         """Whether a fetch fault may come too early (quirk "early-fetch").
 
@@ -259,6 +268,8 @@ class RunLoop:
         context = self.vcpu.context
         try:
             delivered = deliver(context, self.linear, event)
+        except RunEnded:
+            return
         except TripleFault:
             self.reporter.count(ExitReason.TRIPLE_FAULT)
             if self.reporter.observed:

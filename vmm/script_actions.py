@@ -68,6 +68,13 @@ class MachineActions:
         except OptionError as problem:
             raise ActionError(f"{problem.what}: {problem.fix}") from None
 
+    def approve(self, gpa: int, length: int) -> None:
+        """Let frames be executed as they are."""
+        try:
+            self._machine.approve(gpa, length)
+        except OptionError as problem:
+            raise ActionError(f"{problem.what}: {problem.fix}") from None
+
     def answer(self, value: int) -> None:
         """Let the IN at this exit read ``value``."""
         if not isinstance(self._record, IoInstruction) or self._record.direction != "in":

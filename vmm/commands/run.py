@@ -6,7 +6,7 @@ import codecs
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from attrs import evolve, frozen
 
@@ -55,6 +55,7 @@ class RunRequest:
     verbose: bool = False
     seconds: float | None = None
     capacity: int = DEFAULT_CAPACITY
+    wx: Literal["off", "fault", "stop"] | None = None
     color: str = "auto"
 
     def options(self) -> RunOptions:
@@ -65,6 +66,7 @@ class RunRequest:
             block_events=self.blocks,
             capacity=self.capacity,
             seconds=self.seconds,
+            wx=self.wx,
         )
 
 

@@ -114,7 +114,7 @@ def build(guest: Guest) -> BootState:
         gdtr=area.gdtr,
         idtr=_idtr(manifest),
         segments=_segments(manifest, code_base, area.linear + TSS_OFFSET),
-        code_frames=guest.image.code_frames() if manifest.policy.code == "load" else (),
+        code_frames=guest.image.code_frames() if manifest.policy.code != "fetch" or manifest.policy.wx != "off" else (),
     )
 
 

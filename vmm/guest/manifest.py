@@ -7,7 +7,7 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [machine]  memory, mode
     [cpu]      entry (an address, or a symbol's name), cpl, iopl, registers, idt, rsp0
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
-    [policy]   reads, writes, code
+    [policy]   reads, writes, code, wx
     [console]  port: what the guest writes there is its printed output
     [end]      port, value, halt
     [limits]   exits, seconds
@@ -141,7 +141,8 @@ class Policy:
 
     reads: Literal["step", "grant"] = "step"
     writes: Literal["step", "window", "adaptive"] = "step"
-    code: Literal["load", "fetch"] = "fetch"
+    code: Literal["load", "fetch", "seal"] = "fetch"
+    wx: Literal["off", "fault", "stop"] = "off"
 
 
 @frozen(slots=True)
@@ -190,6 +191,11 @@ class Manifest:
     wrong_of: str = ""
 
     @property
+    def has_page_tables(self) -> bool:
+        """Whether the guest starts with paging on."""
+        return _has_page_tables(self.machine, self.paging)
+
+    @property
     def own_script(self) -> Path:
         """Where the script is that belongs to the guest, whether or not there is one."""
         folder = self.path.parent
@@ -231,6 +237,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
     image = _image(top.table("image", ("format", "file", "load", "symbols")), machine, path.parent)
     cpu = _cpu(top, machine, image)
     end = _end(top.table("end", ("port", "value", "halt")))
+    paging = _paging(top, machine, cpu)
     return Manifest(
         path=path,
         name=top.string("name", longest=_NAME_LENGTH),
@@ -238,8 +245,8 @@ def _manifest(top: Table, path: Path) -> Manifest:
         image=image,
         machine=machine,
         cpu=cpu,
-        paging=_paging(top, machine, cpu),
-        policy=_policy(top.table("policy", ("reads", "writes", "code")), image),
+        paging=paging,
+        policy=_policy(top.table("policy", ("reads", "writes", "code", "wx")), machine, image, paging),
         console=_console(top.table("console", ("port",)), end),
         end=end,
         limits=_limits(top.table("limits", ("exits", "seconds"))),
@@ -402,16 +409,25 @@ def _check_linear(table: Table, machine: MachineSpec, first: int, last: int) -> 
         raise table.error("gva", what, "map somewhere else")
 
 
+def _has_page_tables(machine: MachineSpec, paging: Paging | None) -> bool:
+    return machine.mode == "long" or paging is not None
+
+
 def _last_linear(machine: MachineSpec) -> int:
     return U64_MAX if machine.mode == "long" else U32_MAX
 
 
-def _policy(table: Table, image: Image) -> Policy:
-    return Policy(
+def _policy(table: Table, machine: MachineSpec, image: Image, paging: Paging | None) -> Policy:
+    policy = Policy(
         reads=table.choice("reads", ("step", "grant"), default="step"),
         writes=table.choice("writes", ("step", "window", "adaptive"), default="step"),
-        code=table.choice("code", ("load", "fetch"), default="load" if image.format == "elf64" else "fetch"),
+        code=table.choice("code", ("load", "fetch", "seal"), default="load" if image.format == "elf64" else "fetch"),
+        wx=table.choice("wx", ("off", "fault", "stop"), default="off"),
     )
+    if policy.wx != "off" and not _has_page_tables(machine, paging):
+        what = "without page tables everything is writable and executable"
+        raise table.error("wx", what, "give the guest [paging], or remove wx")
+    return policy
 
 
 def _end(table: Table) -> End:
