@@ -49,8 +49,8 @@ class Model:
     used: dict = field(factory=lambda: {f: set() for f in range(FRAMES)})
     #: Uses of a permission since the frame was last approved or lost it.
     judged: dict = field(factory=lambda: {f: set() for f in range(FRAMES)})
-    content: dict = field(factory=lambda: {f: RET for f in range(FRAMES)})
-    vouched: dict = field(factory=lambda: {f: RET for f in range(FRAMES)})
+    content: dict = field(factory=lambda: dict.fromkeys(range(FRAMES), RET))
+    vouched: dict = field(factory=lambda: dict.fromkeys(range(FRAMES), RET))
     done: list = field(factory=list)
 
     def step(self, kind, *rest) -> None:

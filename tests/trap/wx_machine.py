@@ -71,6 +71,7 @@ end:    out 0xf4, al
 KINDS = {"store": 0, "call": 1, "map": 2, "switch": 3, "load": 4, "modify": 5, "end": 6}
 #: In the word that a "map" gets: what becomes XD, and what becomes R/W.
 NO_EXECUTE, WRITABLE = 1 << 1, 1 << 11
+ACCESSED_DIRTY = 1 << 5 | 1 << 6
 
 
 def tables() -> dict[int, bytes]:
@@ -143,6 +144,7 @@ class Director:
 
     def map(self, space: int, page: int, frame: int | None, access: str = "") -> tuple[int, int]:
         word = 0 if frame is None else FIRST + frame * PAGE | 1
+        word |= ACCESSED_DIRTY if page % 2 else 0
         word |= (0 if "x" in access else NO_EXECUTE) | (WRITABLE if "w" in access else 0)
         return entry_of(self.machine, space, PAGES[page]), word
 
