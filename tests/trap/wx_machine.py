@@ -1,22 +1,25 @@
-"""A guest with page tables of its own that does what it is told: store, call, map, change its address space.
+"""A guest with page tables of its own that does what it is told: store, load, call, map, change its address space.
 
-The guest is a loop that asks a device for its next operation. The device hands over one after the other, and does the
-host's operations itself, between two instructions.
+The guest reads its operations from memory, so that its TLB is left alone between them. For those of the host it
+makes a VMCALL.
 """
 
 from __future__ import annotations
+
+import struct
 
 import tiny
 from attrs import define, field
 from tiny import CODE, PAGE, STACK, map_page
 
-from vmm.exits import ExceptionExit, RefusedAccess
+from vmm.exits import ExceptionExit, RefusedAccess, Vmcall
 from vmm.guest.manifest import Policy
 from vmm.guest.pagetables import FOUR_LEVEL, PageTables
-from vmm.machine import RunOptions
+from vmm.machine import Machine, RunOptions
 
-PORT = 0x100
 FIRST, FRAMES = 0x20000, 3
+#: Where the operations are.
+ORDERS = 0x30000
 #: Linear pages that the guest maps as it is told; not mapped at first.
 PAGES = (0x100000, 0x101000, 0x102000, 0x40_0000_0000)
 #: The page tables of the two address spaces.
@@ -26,24 +29,21 @@ RET, NOP = 0xC3, 0x90
 ACCESS_LENGTH = 2
 #: What a store changes; calls go to offset 0.
 STORED = 0x10
+KINDS = ("store", "load", "modify", "call", "map", "switch", "host", "end")
 
 LOOP = f"""
-again:  mov edx, {PORT}
-        in eax, dx
-        mov edi, eax
-        in eax, dx
-        mov ecx, eax
-        in eax, dx
-        mov esi, eax
-        in eax, dx
-        shl rax, 32
-        or rsi, rax
-        cmp edi, 1; je call
-        cmp edi, 2; je map
-        cmp edi, 3; je switch
-        cmp edi, 4; je load
-        cmp edi, 5; je modify
-        cmp edi, 6; je end
+        mov r12d, {ORDERS}
+again:  mov edi, dword ptr [r12]
+        mov ecx, dword ptr [r12 + 4]
+        mov rsi, qword ptr [r12 + 8]
+        add r12, 16
+        cmp edi, 1; je load
+        cmp edi, 2; je modify
+        cmp edi, 3; je call
+        cmp edi, 4; je map
+        cmp edi, 5; je switch
+        cmp edi, 6; je host
+        cmp edi, 7; je end
 store:  mov byte ptr [rsi], cl
         jmp again
 load:   mov al, byte ptr [rsi]
@@ -52,26 +52,20 @@ modify: xchg byte ptr [rsi], cl
         jmp again
 call:   call rsi
         jmp again
-map:    mov rax, 0x8000000000000000
-        test cl, 2
-        jz write
-        or rcx, rax
-write:  and rcx, -3
-        test ch, 8
-        jz tell
-        or rcx, 2
-tell:   mov qword ptr [rsi], rcx
+map:    mov rax, qword ptr [r12]
+        add r12, 16
+        mov qword ptr [rsi], rax
         mov rax, cr3
         mov cr3, rax
         jmp again
 switch: mov cr3, rsi
         jmp again
+host:   vmcall
+        jmp again
 end:    out 0xf4, al
 """
-KINDS = {"store": 0, "call": 1, "map": 2, "switch": 3, "load": 4, "modify": 5, "end": 6}
-#: In the word that a "map" gets: what becomes XD, and what becomes R/W.
-NO_EXECUTE, WRITABLE = 1 << 1, 1 << 11
-ACCESSED_DIRTY = 1 << 5 | 1 << 6
+
+_PRESENT, _WRITABLE, _ACCESSED_DIRTY, _NO_EXECUTE = 1, 2, 0x60, 1 << 63
 
 
 def tables() -> dict[int, bytes]:
@@ -80,9 +74,8 @@ def tables() -> dict[int, bytes]:
     for base in SPACES:
         space = PageTables(base, FOUR_LEVEL)
         space.map(map_page(CODE, CODE, "rx"))
-        space.map(map_page(STACK - PAGE, STACK - PAGE, "rw"))
-        for where in SPACES:
-            space.map(map_page(where, where, "rw", pages=8))
+        for where in (STACK - PAGE, ORDERS, *(table + PAGE * i for table in SPACES for i in range(8))):
+            space.map(map_page(where, where, "rw"))
         for page in PAGES:
             space.map(map_page(page, FIRST, "r"))
         made[base] = space.to_bytes()
@@ -90,82 +83,78 @@ def tables() -> dict[int, bytes]:
     return made
 
 
-def entry_of(machine, space: int, page: int) -> int:
+def entry_of(space: int, page: int, made: dict[int, bytes]) -> int:
     """Where the page-table entry of a linear page is."""
-    table = SPACES[space]
+    base = table = SPACES[space]
     for shift in (39, 30, 21):
-        entry = int.from_bytes(machine.read(table + (page >> shift & 511) * 8, 8), "little")
-        table = entry & 0xF_FFFF_FFFF_F000
+        at = table - base + (page >> shift & 511) * 8
+        table = int.from_bytes(made[base][at : at + 8], "little") & 0xF_FFFF_FFFF_F000
     return table + (page >> 12 & 511) * 8
+
+
+def orders_for(operations: list, made: dict[int, bytes]) -> tuple[bytes, dict[int, int]]:
+    """The operations as the guest reads them; and, by what its R12 is at each, their numbers."""
+    out, numbers = b"", {}
+    for number, (kind, *rest) in enumerate([*operations, ("end",)]):
+        value = where = 0
+        if kind in ("store", "modify"):
+            where, value = PAGES[rest[0]] + STORED, rest[1]
+        elif kind == "load":
+            where = PAGES[rest[0]] + STORED
+        elif kind == "call":
+            where = PAGES[rest[0]]
+        elif kind == "switch":
+            where = SPACES[rest[0]]
+        elif kind == "map":
+            where = entry_of(rest[0], PAGES[rest[1]], made)
+        known = kind if kind in KINDS else "host"
+        out += struct.pack("<IIQ", KINDS.index(known), value, where)
+        numbers[ORDERS + len(out)] = number
+        if kind == "map":
+            out += struct.pack("<QQ", entry_for(*rest[1:]), 0)
+    assert len(out) <= PAGE
+    return out, numbers
+
+
+def entry_for(page: int, frame: int | None, access: str = "") -> int:
+    """A page-table entry; for every other page it is accessed and dirty already."""
+    if frame is None:
+        return 0
+    entry = FIRST + frame * PAGE | _PRESENT | (_ACCESSED_DIRTY if page % 2 else 0)
+    return entry | (_WRITABLE if "w" in access else 0) | (0 if "x" in access else _NO_EXECUTE)
 
 
 @define
 class Director:
-    """The device. ``done`` gets, for each operation of the guest, what came of it."""
+    """Does the host's operations, skips what faults, and notes what came of each."""
 
-    pending: list
-    machine: object = None
-    exact = True
-    words: list[int] = field(factory=list)
+    machine: Machine
+    operations: list
+    numbers: dict[int, int]
     done: list[str] = field(factory=list)
 
-    def read(self, port: int, size: int) -> int:
-        if not self.words:
-            while self.pending and self.pending[0][0] not in KINDS:
-                self.host(*self.pending.pop(0))
-            kind, *rest = self.pending.pop(0) if self.pending else ("end",)
-            self.done.append("done")
-            where, value = getattr(self, kind)(*rest)
-            self.words = [KINDS[kind], value, where & 0xFFFF_FFFF, where >> 32]
-        return self.words.pop(0)
+    def now(self) -> int:
+        return self.numbers[self.machine.register("r12")]
 
-    def write(self, port: int, size: int, value: int) -> None:
-        raise AssertionError("nothing is sent here")
-
-    def host(self, kind: str, frame: int) -> None:
+    def host(self, _call: Vmcall) -> None:
+        kind, frame = self.operations[self.now()]
         gpa = FIRST + frame * PAGE
         if kind == "approve":
             self.machine.approve(gpa, PAGE)
         else:
             self.machine.write(gpa + STORED, bytes([NOP]))
 
-    # What the guest does: (where, value)
-
-    def store(self, page: int, value: int = RET) -> tuple[int, int]:
-        return PAGES[page] + STORED, value
-
-    modify = store
-
-    def load(self, page: int) -> tuple[int, int]:
-        return PAGES[page] + STORED, 0
-
-    def call(self, page: int) -> tuple[int, int]:
-        return PAGES[page], 0
-
-    def map(self, space: int, page: int, frame: int | None, access: str = "") -> tuple[int, int]:
-        word = 0 if frame is None else FIRST + frame * PAGE | 1
-        word |= ACCESSED_DIRTY if page % 2 else 0
-        word |= (0 if "x" in access else NO_EXECUTE) | (WRITABLE if "w" in access else 0)
-        return entry_of(self.machine, space, PAGES[page]), word
-
-    def switch(self, space: int) -> tuple[int, int]:
-        return SPACES[space], 0
-
-    def end(self) -> tuple[int, int]:
-        return 0, 0
-
-    # What becomes of it
-
     def see(self, record) -> None:
         if isinstance(record, RefusedAccess):
-            self.done[-1] = record.rule
+            assert self.done[self.now()] == "done"
+            self.done[self.now()] = record.rule
 
-    def skip(self, exit_record: ExceptionExit) -> bool:
-        """Skip what faulted: a store, or the call whose target could not be fetched."""
-        if self.done[-1] == "done":
-            self.done[-1] = "fault"
+    def skip(self, fault: ExceptionExit) -> bool:
+        """Skip a load or store, or the call whose target could not be fetched."""
+        if self.done[self.now()] == "done":
+            self.done[self.now()] = "fault"
         context = self.machine.vcpu.context
-        if exit_record.vector == 14 and exit_record.error_code & 0x10:
+        if fault.vector == 14 and fault.error_code & 0x10:
             context.rip = int.from_bytes(self.machine.read(context.rsp, 8), "little")
             context.rsp += 8
         else:
@@ -174,23 +163,22 @@ class Director:
 
 
 def run(operations: list, options: RunOptions, **policy):
-    """Run the operations under the policy; what came of each, the run, and the bytes of the frames at the end."""
-    parts = {CODE: LOOP, FIRST: bytes([RET]) * PAGE * FRAMES, **tables()}
+    """Run the operations under a policy: what came of each, and the run."""
+    space = tables()
+    orders, numbers = orders_for(operations, space)
     made = tiny.build(
-        parts,
+        {CODE: LOOP, FIRST: bytes([RET]) * PAGE * FRAMES, ORDERS: orders, **space},
         paging=False,
         code=(CODE, FIRST),
         registers={"cr3": SPACES[0]},
         options=options,
         policy=Policy(**{"code": "load", "wx": "fault", **policy}),
     )
-    director = Director(list(operations), made.machine)
-    made.machine.ports.attach(director, PORT)
+    director = Director(made.machine, operations, numbers, ["done"] * len(operations))
     made.machine.observe(director.see)
+    made.machine.on(Vmcall)(director.host)
     made.machine.on(ExceptionExit)(director.skip)
     end = made.run()
     assert end.reason == "port", end
-    assert director.done.pop() == "done"
     made.machine.verify()
     return director.done, made
-
