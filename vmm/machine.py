@@ -64,7 +64,8 @@ class Machine:
     def __init__(self, guest: Guest, options: RunOptions | None = None) -> None:
         verify_engine()
         self.options: Final = options or RunOptions()
-        self.guest: Final = _with_policy(guest, self.options)
+        guest = _with_policy(guest, self.options)
+        self.guest: Final = guest
         state = boot.build(guest)
         self.reporter: Final = Reporter(guest.manifest.limits.exits)
         self.ports: Final = PortBus()
