@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from vmm.coherence import FetchView
 from vmm.cpu import binding as b
 from vmm.cpu import layout
 from vmm.cpu.context import Context
 from vmm.cpu.early_flags import computes_flags, is_conditional_store
 from vmm.cpu.engine import Engine, Stop
-from vmm.cpu.events import Event, EventType
+from vmm.cpu.events import Event, EventType, Vector
 from vmm.cpu.free import FreeRunningEngine
 from vmm.cpu.state import SegmentName
 from vmm.cpu.stepping import SteppingEngine
 from vmm.ept import ExtendedPageTables
+from vmm.exits import StaleExecution
 from vmm.guest.boot import BootState
-from vmm.memory import GuestMemory
+from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames
 from vmm.mmu import CurrentInstruction, Mmu, StepMemory
+from vmm.pace import Pace
 from vmm.translation import BlockCache
 
 #: Vectors that push an error code (SDM vol. 3, table 6-1).
@@ -56,13 +59,19 @@ class VirtualCpu:
         blocks: BlockCache,
         platform: Platform,
         *,
-        audit: bool,
+        number: int,
+        hears_entries: bool,
+        view: FetchView | None = None,
     ) -> None:
+        self.number = number
+        #: What it fetches under a weaker coherence model; None if it is coherent.
+        self.view = view
         self._blocks = blocks
-        self.free = FreeRunningEngine(memory, audit=audit)
+        self.free = FreeRunningEngine(memory, hears_entries=hears_entries)
         self.stepping = SteppingEngine(memory)
         self.context = Context(self.free.handle)
         self.mmu = Mmu(memory, ept, frames, self.context)
+        self.mmu.fetch_side = view
         #: Whether the last instruction was stepped, not free-run.
         self.stepped = False
         self.free.environment = _Environment(platform, self.free, exact=False)
@@ -71,15 +80,28 @@ class VirtualCpu:
         self.instruction = CurrentInstruction(self.context, self.mmu)
         self.step_memory = StepMemory(memory, frames, self.context, self.mmu, self.instruction)
         self.stepping.fill = self.step_memory.fills_of(self.stepping)
+        self.pace = Pace(self.free.ask_to_stop)
 
     def step(self) -> Stop:
         """Execute one instruction on the stepping engine."""
         self.stepped = True
-        flags = self.context.raw_flags
+        flags, pc = self.context.raw_flags, self.context.pc
+        repeats = self.pace.counts and self.instruction.decoded.repeats
+        stale = None if self.view is None else self._look(self.view, self.instruction.decoded.length)
         stop = self.stepping.step(self.context)
         if stop is Stop.REFUSED:
             self.context.raw_flags = flags  # quirk "early-flags"
+        self.pace.step(moved=self.context.pc != pc, repeats=repeats, complete=stop is Stop.STEPPED)
+        if stale is not None and self.view is not None and stop is not Stop.REFUSED:
+            self.view.report(stale)
         return stop
+
+    def _look(self, view: FetchView, length: int) -> StaleExecution | None:
+        """What there is to report if the instruction at RIP, of so many bytes, is executed."""
+        pc = self.context.pc
+        room = min(length, PAGE - pc % PAGE)
+        hosts = [(self.mmu.fetch_host(pc), room), (self.mmu.fetch_host(pc + room), length - room)]
+        return view.look(pc, [(host, size) for host, size in hosts if host is not None and size])
 
     def close(self) -> None:
         """Give both engines' memory back."""
@@ -88,28 +110,39 @@ class VirtualCpu:
 
     def reset_to(self, boot: BootState) -> None:
         """Load the initial state of a guest."""
-        context = self.context
+        context, cpu = self.context, boot.cpus[self.number]
         context.cr0, context.cr3, context.cr4, context.efer = boot.cr0, boot.cr3, boot.cr4, boot.efer
-        for name, value in boot.gprs.items():
+        for name, value in cpu.gprs.items():
             context.set_gpr(name, value)
-        context.rip = boot.rip
-        context.rflags = boot.rflags
-        context.gdtr, context.idtr = boot.gdtr, boot.idtr
+        context.rip = cpu.rip
+        context.rflags = cpu.rflags
+        context.gdtr, context.idtr = boot.gdtr, cpu.idtr
         for segment in _LOADED:
-            context.set_segment(segment, boot.segments[segment])
-        context.refresh_hidden_flags(cpl=boot.segments["ss"].dpl if boot.mode != "real" else 0)
-        for index, value in enumerate(boot.xmm):
+            context.set_segment(segment, cpu.segments[segment])
+        context.refresh_hidden_flags(cpl=cpu.segments["ss"].dpl if boot.mode != "real" else 0)
+        for index, value in enumerate(cpu.xmm):
             context.write_xmm(index, value)
-        context.write(b.REG_MXCSR, boot.mxcsr)
-        context.write(b.REG_FCW, boot.fcw)
+        context.write(b.REG_MXCSR, cpu.mxcsr)
+        context.write(b.REG_FCW, cpu.fcw)
 
     def run(self) -> Stop:
         """Free-run until something is refused or asks for the VMM."""
         self.stepped = False
         stop = self.free.run(self.context)
+        self.pace.leave(self.context.pc)
         if stop is Stop.REFUSED:
             self._mend_flags()
+        elif self.view is not None and self._is_raised_here(stop):
+            stale = self._look(self.view, self.instruction.decoded.length)
+            if stale is not None:
+                self.view.report(stale)
         return stop
+
+    def _is_raised_here(self, stop: Stop) -> bool:
+        """Whether the instruction at RIP is what ended a run, without completing."""
+        if stop is Stop.INTERRUPT:
+            return not self.context.by_instruction and self.context.vector != Vector.DB
+        return stop in (Stop.INVALID, Stop.SYSCALL, Stop.SYSENTER)
 
     def _mend_flags(self) -> None:
         """Undo what a refused SETcc did to the flags (quirk "early-flags")."""
@@ -126,7 +159,8 @@ class VirtualCpu:
         host = self.mmu.fetch_host(pc)
         if host is None:
             return None
-        inside = [b for b in self._blocks.overlapping(host, 1) if b.gva <= pc < b.gva + b.size]
+        mine = [b for b in self._blocks.overlapping(host, 1) if b.vcpu == self.number]
+        inside = [b for b in mine if b.gva <= pc < b.gva + b.size]
         return inside[-1].code[: pc - inside[-1].gva] if inside else None
 
     def exception(self) -> Event:

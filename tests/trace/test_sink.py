@@ -20,11 +20,12 @@ from vmm.exits import (
     Mtf,
     Record,
     RefusedAccess,
+    StaleExecution,
 )
 from vmm.trace.sink import TraceSink, by_json, line
 
 EXITS = Exit.__subclasses__()
-RECORDS = [*EXITS, Modification, BlockEvent, FrameEvent, Injection, RefusedAccess]
+RECORDS = [*EXITS, Modification, BlockEvent, FrameEvent, Injection, RefusedAccess, StaleExecution]
 
 numbers = st.integers(0, (1 << 64) - 1)
 VALUES = {

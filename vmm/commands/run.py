@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from attrs import evolve, frozen
 
+from vmm.coherence import Coherence
 from vmm.commands.diagnostics import Diagnostics
 from vmm.commands.interrupt import Interruption
 from vmm.commands.outputs import STDOUT, OutputFile, Outputs
@@ -54,6 +55,8 @@ class RunRequest:
     everything: bool = False
     verbose: bool = False
     seconds: float | None = None
+    seed: int | None = None
+    coherence: str | None = None
     capacity: int = DEFAULT_CAPACITY
     wx: Literal["off", "fault", "stop"] | None = None
     color: str = "auto"
@@ -66,6 +69,8 @@ class RunRequest:
             block_events=self.blocks,
             capacity=self.capacity,
             seconds=self.seconds,
+            seed=self.seed,
+            coherence=None if self.coherence is None else Coherence(self.coherence),
             wx=self.wx,
         )
 
@@ -152,7 +157,8 @@ class _Run:
         interruption.settle()
         self.log.tell("run ended", reason=end.reason, exits=machine.reporter.total)
         self._write_files(end, ranges)
-        outcome = judge(machine.guest.manifest, end)
+        stale = machine.stale if self.script is None else 0  # a script has the say
+        outcome = judge(machine.guest.manifest, end, stale=stale)
         if outcome.status is Status.INTERRUPTED:
             self.script = None  # a script says nothing about half a run
         status = self._conclude(outcome)
@@ -216,7 +222,7 @@ def run_to_end(machine: Machine) -> End:
     except GuestError as error:
         what = "; ".join([str(error), *getattr(error, "__notes__", ())])
         detail = {"error": type(error).__name__, "what": what}
-        end = End("error", machine.vcpu.context.rip, detail)
+        end = End("error", machine.vcpus[machine.reporter.vcpu or 0].context.rip, detail)
         machine.reporter.emit(end)
         return end
 

@@ -16,10 +16,11 @@ from vmm.mmu.refusals import (
     Violation,
 )
 from vmm.mmu.step import StepMemory
-from vmm.mmu.translation import Mmu
+from vmm.mmu.translation import FetchSide, Mmu
 
 __all__ = [
     "CurrentInstruction",
+    "FetchSide",
     "GuestFault",
     "Misconfiguration",
     "Mmu",

@@ -88,6 +88,7 @@ class StepMemory:
 
     def fills_of(self, engine: SteppingEngine) -> Fill:
         """What answers the stepping engine's fills."""
+        side = self._mmu.fetch_side
 
         def fill(page: int, access: int) -> int:
             if access == FETCH and page != self._page and not self._reaches(page):
@@ -100,6 +101,8 @@ class StepMemory:
             if access == FETCH:
                 if self._refuses_fetch(page, translation.gpa, leaf):
                     return 0
+                if side is not None:
+                    host = side.host(host)
                 self._mmu.fetched(page, host)
                 return engine.latch(host, self._patch.get(page) if self._patch else None) | X
             if self._mmu.refuses(page, access, translation, leaf) or self._is_unjudged(
@@ -108,6 +111,8 @@ class StepMemory:
                 return 0
             if access == READ:
                 return host | R
+            if side is not None:
+                side.before_write(host, self._pc)
             self.written[page] = (translation.gpa, host)
             if host not in self.undo:
                 self.undo[host] = self._memory.read(host, PAGE)
