@@ -96,11 +96,11 @@ class ScriptRun:
     Make it after all other observers, so that these see a record before what the script does about it.
     """
 
-    def __init__(self, machine: Machine, script: Script) -> None:
+    def __init__(self, machine: Machine, script: Script, *, matcher: type[Matcher] = Matcher) -> None:
         self._machine = machine
         self._acts = has_actions(script)
         self._actions = MachineActions(machine)
-        self.matcher: Final = Matcher(script, self._actions)
+        self.matcher: Final = matcher(script, self._actions)
         self._waiting: deque[Record] = deque()
         self._busy = False
         machine.observe(self._observe, acts=self._acts)
