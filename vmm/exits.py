@@ -305,8 +305,8 @@ class RefusedAccess(Record):
     writable: tuple[int, ...] = ()
     executable: tuple[int, ...] = ()
 
-    def to_json(self) -> Json:
-        """The refusal's trace object."""
+    def _fields(self) -> Json:
+        """The refusal's."""
         return {
             "kind": "refusal",
             "rule": self.rule,

@@ -517,6 +517,9 @@ def _with_policy(guest: Guest, options: RunOptions) -> Guest:
     if wx != "off" and (options.coherence or Coherence(guest.manifest.policy.coherence)) is not Coherence.COHERENT:
         fix = "use one of the two policies"
         raise OptionError("frames that must be approved have no stale code", where="wx and coherence", fix=fix)
+    if not options.traps and (wx != "off" or guest.manifest.policy.code == "seal"):
+        what = "no traps with a policy that refuses accesses"
+        raise OptionError(what, where="options", fix="give one of the two: wx and sealed code rest on traps")
     if wx == guest.manifest.policy.wx:
         return guest
     manifest = guest.manifest

@@ -119,6 +119,13 @@ class TestMapping:
         assert faults(made) == [(14, WRITE_PRESENT, OTHER)]
         assert made.machine.read(OTHER - 4, 8) == bytes(8)
 
+    @pytest.mark.parametrize("before", ["", f"mov eax, {CODE}; mov al, byte ptr [eax];"])
+    def test_everything_once_paging_is_off(self, before, way):
+        made = build(f"{before} mov eax, cr0; btr eax, 31; mov cr0, eax; nop", way=way, mode="protected", wx="stop")
+        assert made.run().reason == "W^X violation"
+        record = refused(made)
+        assert (record.rule, record.access, record.gva & -PAGE) == ("mapping", "fetch", CODE)
+
     def test_in_pae_paging(self, way):
         maps = [map_page(TARGET, TARGET, "rx"), map_page(VIEW, TARGET, "rw")]
         code = f"mov eax, {TARGET}; call eax; mov byte ptr [{VIEW}], 2"
@@ -289,7 +296,7 @@ class TestStop:
         assert made.machine.read(TARGET, 3) == FUNCTION
         outcome = judge(made.machine.guest.manifest, end)
         assert outcome.status is Status.WRONG
-        assert "a write at 0x20000 that W^X is against (rule mapping)" in outcome.complaint
+        assert "a write at 0x20000 that the W^X policy refuses (rule mapping)" in outcome.complaint
 
     @each_way
     def test_before_a_hlt_that_may_not_be_fetched(self, way):

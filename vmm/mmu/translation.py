@@ -28,11 +28,14 @@ from vmm.mmu.refusals import (
     Violation,
 )
 from vmm.paging import Access, EntryChanged, PageFault, PagingMode, Translation, entries, is_canonical, walk
+from vmm.paging.mode import CR0_PG
 
 PAGE_OFFSET: Final = PAGE - 1
 LEAF_ADDRESS: Final = 0x000F_FFFF_FFFF_F000
 #: What of CR3 says which address space it is; bits 11:5 count in PAE paging.
-ROOT: Final = 0x000F_FFFF_FFFF_FFE0
+_ROOT: Final = 0x000F_FFFF_FFFF_FFE0
+#: The address space without paging.
+UNPAGED: Final = -1
 #: How many linear pages are remembered that code was fetched from.
 MAX_FETCH_PAGES: Final = 1 << 16
 
@@ -63,6 +66,11 @@ class FetchSide(Protocol):
 
     def before_write(self, hpa: int, rip: int | None) -> None:
         """The frame may change from now on, first by the instruction at ``rip`` (None: the host)."""
+
+
+def space_of(cr0: int, cr3: int) -> int:
+    """Which address space these registers select, for ``Mmu.rights``."""
+    return cr3 & _ROOT if cr0 & CR0_PG else UNPAGED
 
 
 class Mmu:
@@ -145,7 +153,7 @@ class Mmu:
 
     def is_unjudged(self, control: Control, page: int, access: int, gpa: int, leaf: int) -> bool:
         """Whether the W^X policy must see this use of a permission first; that is then the ``refusal``."""
-        root, host = control[1] & ROOT, leaf & LEAF_ADDRESS
+        root, host = space_of(control[0], control[1]), leaf & LEAF_ADDRESS
         if access == READ or (root, page, access) in self._frames.at(host).judged:
             return False
         self.refusal = Unjudged(page, access, gpa, root, host)
@@ -288,10 +296,12 @@ class Mmu:
         """(host page, writable, executable) of a linear page, by the page tables of ``root`` as they are now.
 
         It is what the entries say to whoever may use the page at all: R/W set in each, XD in none. CR0.WP takes no
-        part. None where nothing is mapped. Sets no flags.
+        part. None where nothing is mapped; paging is off for ``UNPAGED``, and on for any other. Sets no flags.
         """
         gpa, writable, executable = page, True, True
         mode = self.current_mode()
+        if (root == UNPAGED) != (mode.levels == 0):
+            return None
         if mode.levels:
             try:
                 with self.structure_access(_NO_WRITER):

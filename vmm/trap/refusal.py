@@ -23,7 +23,7 @@ from vmm.exits import Json, RefusedAccess
 from vmm.memory import PAGE
 from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.mmu import CurrentInstruction, Mmu, Unjudged, Violation
-from vmm.mmu.translation import ROOT
+from vmm.mmu.translation import space_of
 from vmm.paging import ErrorCode
 from vmm.reporter import Reporter
 from vmm.trap import wx
@@ -83,14 +83,15 @@ class Refusals:
         if frame.state is FrameState.SEALED:
             self._report(_SEAL, WRITE, gpa, gva)
             return _GENERAL_PROTECTION
-        root, page = self.context.cr3 & ROOT, gva & -PAGE
+        root, page = space_of(self.context.cr0, self.context.cr3), gva & -PAGE
         if not self.keeps_wx or (root, page, WRITE) in frame.judged:
             return None
         found = wx.judge(frame, self.mmu, WRITE, root, page)
         return None if found is None else self._answer(found, WRITE, gpa, gva, user=user)
 
     def _judge(self, frame: Frame, access: int, page: int, gpa: int, *, root: int | None = None) -> Event | Stop | None:
-        found = wx.judge(frame, self.mmu, access, self.context.cr3 & ROOT if root is None else root, page)
+        here = space_of(self.context.cr0, self.context.cr3) if root is None else root
+        found = wx.judge(frame, self.mmu, access, here, page)
         return None if found is None else self._refuse(found, access, page, gpa)
 
     def _refuse(self, found: Finding, access: int, page: int, gpa: int) -> Event | Stop:

@@ -18,8 +18,8 @@ approval  nothing is fetched from a frame that is not approved
 tracking  a frame has at most ``MAX_ALIASES`` aliases in use
 ========  ==========================================================================================================
 
-An alias, (CR3, linear page), is *in use* once the guest has stored or fetched through it. Whether it still allows
-what it did is looked up in the page tables when it matters.
+An alias, (CR3 or ``UNPAGED``, linear page), is *in use* once the guest has stored or fetched through it. Whether it
+still allows what it did is looked up in the page tables when it matters.
 
 A decision depends on page tables and on the state of the frame only, and is taken at an instruction that is the same
 in every run, although TLB fills come when they like: the first use of a permission in a turn always needs a fill,
