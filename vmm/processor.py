@@ -67,7 +67,9 @@ class Processor:
             if self.pending or self.interrupts:
                 self._deliver_what_is_due()
             if state.ending is None:
-                self._answer(self._enter())
+                stop = self._enter()
+                if not (stop is Stop.REFUSED and pace.is_over):  # the first fetch of the next turn, which will see
+                    self._answer(stop)
 
     # Entering
 
