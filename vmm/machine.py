@@ -475,6 +475,8 @@ class Machine:
         before = self.control.host_of(gpa)
         if before is not None:
             old = self.frames.at(before)
+            if old.state is FrameState.WINDOW and old.gpas == [gpa]:
+                self.control.move(old, FrameState.DATA, "remap")  # journaled while it has an address
             self.blocks.invalidate(old.hpa, PAGE, "remap")
             old.gpas.remove(gpa)
         frame.gpas.append(gpa)
