@@ -15,6 +15,7 @@ CAUSES: dict[str, str] = {
     "shrink-wrap-clobber": "the cold path must save what the prologue no longer saves",
     "shrink-wrap-unwind": "the unwind table must say what the prologue saves now",
     "toolpath-unsynchronised": "the controller must synchronise after it",
+    "w-xor-x-rwx": "the page that the compiler writes its code to must not be executable while it is written",
 }
 
 each_wrong = pytest.mark.parametrize("name", WRONG)
