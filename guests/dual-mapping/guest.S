@@ -1,0 +1,2 @@
+.set DUAL, 1
+.include "cow-fork/guest.S"
