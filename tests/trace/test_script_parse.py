@@ -111,6 +111,27 @@ ERRORS = [
     ('section {\nexit HLT\nconsole contains "x"\n}', 4, "`console` stands inside of a block"),
     ("console has", 2, "expected `contains`, `lacks` or `is`, found `has`"),
     ("console contains ok", 2, "expected a text in double quotes, found `ok`"),
+    # reasons
+    ("exit HLT because", 2, "expected a text in double quotes, found the end of the script"),
+    ("exit HLT because the guest is done", 2, "expected a text in double quotes, found `the`"),
+    ("exit HLT\n  because 'done'", 3, "expected a text in double quotes, found `'`"),
+    ('exit HLT because "\\q"', 2, "unknown escape `\\q`"),
+    ('exit HLT because " "', 2, "the reason is empty"),
+    ('exit HLT because "a" because "b"', 2, "expected the end of the line behind the reason, found `because`"),
+    ('exit HLT because "a" -> stop', 2, "found `->`; write `because` last"),
+    ('exit HLT because "a"\n  and rip=1', 3, "found `and`; write `because` last"),
+    ('never exit HLT because "a" until exit CPUID', 2, "found `until`; write `because` last"),
+    ('whenever exit HLT -> stop\n  because "a"', 3, "`whenever` demands nothing and takes no `because`"),
+    ('whenever exit HLT because "a" -> stop', 2, "`whenever` demands nothing and takes no `because`"),
+    ('because "a"', 2, "this `because` is the reason of nothing; write it at the end of a record line"),
+    ('repeat 2 {\n because "a"\n exit HLT\n}', 3, "this `because` is the reason of nothing"),
+    ('repeat 2 {\n exit HLT\n}\nbecause "a"', 5, "this `because` is the reason of nothing"),
+    ('only exits because "a"', 2, "this `because` is the reason of nothing"),
+    ('exit HLT becuase "a"', 2, "found `becuase`; did you mean `because`?"),
+    ('exit HLT -> stop becuase "a"', 2, "found `becuase`; did you mean `because`?"),
+    ('exit HLT\n  becuase "a"', 3, "found `becuase`; did you mean `because`?"),
+    ('console is "a" becuase "b"', 2, "found `becuase`; did you mean `because`?"),
+    ("exit EPT_VIOLATION cause=store", 2, "found `cause`; the fields of exit EPT_VIOLATION are"),
     # actions
     ("exit HLT -> injekt vector=1", 2, "expected an action, found `injekt`; did you mean `inject`?"),
     ("exit HLT -> inject", 2, "expected `vector=`, found the end of the script"),
@@ -164,6 +185,26 @@ def test_escapes_in_texts():
     assert script(r'console is "a\n\t\"\\\x1b"').program.console[0].text == 'a\n\t"\\\x1b'
 
 
+def test_a_reason_ends_a_line_that_expects_a_record_a_watch_or_a_console_check():
+    parsed = script(
+        'exit EPT_VIOLATION gpa as $page -> stop because "one"\n'
+        'modification because "two"; modification new=b8 02\n  # not yet\n\n  because "t\\x68ree" # so\n'
+        'never exit HLT until exit CPUID because "four"\n'
+        'section "s" { 1..2 injections vector=3\n because "five"\n exit HLT }\n'
+        'console is "out"\n because "six"\n'
+        "exit HLT"
+    ).program
+    *lines, section, last = parsed.root.body
+    assert [line.because for line in (*lines, last)] == ["one", "two", "three", ""]
+    assert [watch.because for watch in (*parsed.root.watches, *section.watches)] == ["four", "five"]
+    assert [check.because for check in parsed.console] == ["six"]
+
+
+def test_because_is_no_label_unless_in_quotes():
+    labels = script('block because "a"\nblock "because" because "b"').program.root.body
+    assert [line.pattern.label for line in labels] == [None, "because"]
+
+
 def test_the_search_for_close_symbols_stays_quick():
     symbols = {f"symbol_{n:06}": n for n in range(200_000)}
     with pytest.raises(ScriptError, match="did you mean"):
@@ -190,7 +231,7 @@ def test_a_script_file_that_cannot_be_read_is_refused(tmp_path, data, says):
 
 VOCABULARY = """
     exit exits HLT EPT_VIOLATION 48 modification block end port next only never exactly at least most whenever
-    until repeat any order either or section console contains is as in has lacks starts and none
+    until because repeat any order either or section console contains is as in has lacks starts and none
     gpa new old aliases rip $page $v .gpa .new = == != < <= + - & | ( ) [ ] { } , ; -> .. 0x10 5 b802 90
     patch_site nothing "text" " # \\ inject vector error write bytes protect length
     access r-x answer stop \0 é

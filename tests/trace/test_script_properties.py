@@ -14,7 +14,7 @@ from vmm.trace.wording import as_line, as_script
 numbers = st.integers(0, 2**64 - 1) | st.integers(0, 20)
 maybe = st.none() | numbers
 words = st.sampled_from(
-    ["store", "in", "none", "as", "two words", 'q"\\\n', "has", "\x1b[0m", "é\u2028", "$v"]
+    ["store", "in", "none", "as", "because", "two words", 'q"\\\n', "has", "\x1b[0m", "é\u2028", "$v"]
 ) | st.text(max_size=5)
 rows = st.lists(numbers, max_size=3).map(tuple)
 

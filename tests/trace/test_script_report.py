@@ -3,7 +3,8 @@
 import gc
 import time
 
-from script_runs import records, script, verdict
+import pytest
+from script_runs import RecordedActions, records, script, verdict
 
 from vmm.trace.matcher import Matcher
 
@@ -118,6 +119,51 @@ def test_never_and_counts_name_the_record():
     text = report("exactly 2 modifications gpa=1", "modification gpa=1; modification gpa=2")
     assert "`exactly 2 modification` wanted 2 by the end of the run, but 1 came" in text
     assert "#2 modification at 2: line 2 wants gpa = 1, but it is 2" in text
+
+
+REASONS = [
+    # body, run, the reason that is shown (none: no line for it)
+    ('exit HLT because "it has to stop"', "exit CPUID", "it has to stop"),
+    ('exit CPUID because "a"\nexit HLT because "b"', "exit CPUID", "b"),
+    ('exit CPUID because "a"\nexit HLT', "exit CPUID", None),
+    ('exit CPUID\nnext exit HLT because "at once"', "exit CPUID; exit RDTSC; exit HLT", "at once"),
+    ('never exit HLT because "it must go on"\nexit CPUID because "b"', "exit HLT", "it must go on"),
+    ('at most 1 exit HLT because "once is enough"', "exit HLT; exit HLT", "once is enough"),
+    ('exactly 2 exits HLT because "both halt"', "exit HLT", "both halt"),
+    ('at least 1 exit HLT until exit CPUID because "first"', "exit CPUID; exit HLT", "first"),
+    ('section {\nexactly 1 exit CPUID because "one each"\nexit HLT\n}', "exit HLT", "one each"),
+    ('section until exit HLT {\nexit CPUID because "within"\n}', "exit HLT", "within"),
+    ('section until exit HLT {\nexit CPUID because "within"\n}', "exit CPUID", None),
+    ('console contains "ok" because "it must be told"', 'console "no"', "it must be told"),
+    ('console lacks "bad" because "all is well"\nconsole is "x" because "b"', 'console "bad"', "all is well"),
+    ('any order {\nexit CPUID because "a"\nexit HLT because "b"\n}', "exit CPUID", "b"),
+    ('any order {\nexit CPUID because "a"\nexit HLT because "b"\n}', "exit RDTSC", "a"),
+    ('any order {\nnext exit CPUID rip=1 because "a"\nnext exit HLT rip=1 because "b"\n}', "exit HLT rip=2", "b"),
+    ('either { exit CPUID because "a"\n} or { exit HLT because "b"\n}', "exit RDTSC", "a"),
+    ('either { exit CPUID; exit HLT because "a"\n} or { exit RDTSC because "b"\n}', "exit CPUID", "a"),
+]
+
+
+@pytest.mark.parametrize(("body", "run", "reason"), REASONS, ids=range(len(REASONS)))
+def test_the_reason_of_the_statement_that_failed_stands_below_the_headline(body, run, reason):
+    divergence = verdict(body, run).divergence
+    _, below, *_ = divergence.render().split("\n")
+    assert divergence.because == (reason or "")
+    assert below == (f"because: {reason}" if reason else "")
+
+
+def test_an_action_that_cannot_be_done_shows_the_reason_of_its_line():
+    body = 'exit CPUID leaf as $v -> inject vector=$v because "the guest asked for it"'
+    divergence = verdict(body, "exit CPUID leaf=0x100", actions=RecordedActions()).divergence
+    assert "the action cannot be done at #1" in divergence.what
+    assert divergence.because == "the guest asked for it"
+
+
+def test_a_reason_is_one_line_and_reaches_no_terminal_raw():
+    divergence = verdict(r'exit HLT because "a\nb\x1b[2J"', "").divergence
+    assert "because: a\\nb\\x1b[2J\n\n" in divergence.render()
+    assert divergence.because == "a\nb\x1b[2J"
+    assert "\x1b[33mbecause: a\\nb\\x1b[2J\x1b[0m\n" in divergence.render(color=True)
 
 
 def test_other_lines_that_were_possible_are_named():

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _BLANK: Final = re.compile(r"[ \t\r]*(?:#[^\n]*)?")
-_CONTINUED: Final = re.compile(r"(?:\n[ \t\r]*(?:#[^\n]*)?)++(?=->|and\b)", re.ASCII)
+_CONTINUED: Final = re.compile(r"(?:\n[ \t\r]*(?:#[^\n]*)?)++(?=->|(?:and|because)\b)", re.ASCII)
 _SEPARATORS: Final = re.compile(r"(?:[ \t\r\n;]|#[^\n]*)*")
 _TOKEN: Final = re.compile(r'"[^"\n]*"?|\$?\w[\w.]*|[!<>=]=|->|\.\.|.', re.ASCII)
 
@@ -25,7 +25,7 @@ _CANDIDATES = 20_000
 
 
 class Cursor:
-    """Reads ``text`` from the left. A line that begins with ``->`` or ``and`` continues the one before."""
+    """Reads ``text`` from the left. A line that begins with ``->``, ``and`` or ``because`` continues the one before."""
 
     def __init__(self, text: str, file: str) -> None:
         self.text = text

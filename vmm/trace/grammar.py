@@ -26,6 +26,9 @@ from vmm.trace.values import QUOTE
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from vmm.errors import ScriptError
+    from vmm.trace.actions import Action
+
 HEADER: Final = "vmm-script/1"
 
 _COUNT: Final = re.compile(r"\d\w*", re.ASCII)
@@ -91,8 +94,11 @@ class _Parser:
         return tuple(nodes), tuple(watches)
 
     def _end_statement(self, what: str, fix: str) -> None:
+        if self.cursor.sees_word("because"):
+            raise self._reason_of_nothing()
         if not self.cursor.at_statement_end():
-            raise self.cursor.expected(what, fix=fix)
+            word = self.cursor.sees(WORD) or ""
+            raise self.cursor.expected(what, fix=did_you_mean(word, ["because"], otherwise=fix))
 
     def _node(self) -> Node:
         word = self.cursor.sees(WORD)
@@ -107,13 +113,15 @@ class _Parser:
                 return self._section()
             case "only":
                 raise self.cursor.wrong("`only` comes too late", fix="write it right below the first line")
+            case "because":
+                raise self._reason_of_nothing()
             case _:
                 return self._expect(word)
 
     def _expect(self, word: str | None) -> Expect:
         kinds = self.lines.schema.kinds
         if word != "next" and word not in kinds and (word or "").removesuffix("s") not in kinds:
-            known = [*kinds, *_GROUPS, *_WATCHES, "next", "console"]
+            known = [*kinds, *_GROUPS, *_WATCHES, "next", "console", "because"]
             otherwise = (
                 f"begin a line with a kind of record ({', '.join(kinds)}), next, repeat, any order, either, "
                 "section, never, exactly, at least, at most, whenever or console"
@@ -123,7 +131,7 @@ class _Parser:
         line = self.cursor.line
         strict = self.cursor.take_word("next")
         pattern, captures = self.lines.pattern(capturing=True)
-        return Expect(pattern, strict, captures, self.lines.actions(pattern), line)
+        return Expect(pattern, strict, captures, self.lines.actions(pattern), self._because(), line)
 
     def _console_check(self, *, top: bool) -> None:
         line = self.cursor.line
@@ -135,7 +143,28 @@ class _Parser:
         if not self.cursor.sees_word(*_CONSOLE):
             raise self.cursor.expected("`contains`, `lacks` or `is`", fix='write console contains "ok"')
         operator = self.cursor.take(WORD) or ""
-        self._console.append(ConsoleCheck(operator, self.lines.values.string(), line))
+        self._console.append(ConsoleCheck(operator, self.lines.values.string(), self._because(), line))
+
+    # Reasons
+
+    def _because(self) -> str:
+        """The reason that a statement ends with; empty if it gives none."""
+        cursor = self.cursor
+        if not cursor.take_word("because"):
+            return ""
+        text = self.lines.values.string()
+        if not text.strip():
+            raise cursor.wrong("the reason is empty", fix="say why the statement is there, or remove `because`")
+        if not cursor.at_statement_end():
+            fix = "write `because` last, behind conditions, `until` and actions"
+            raise cursor.expected("the end of the line behind the reason", fix=fix)
+        return text
+
+    def _reason_of_nothing(self) -> ScriptError:
+        return self.cursor.wrong(
+            "this `because` is the reason of nothing",
+            fix="write it at the end of a record line, a watch or a console check",
+        )
 
     # Watches
 
@@ -152,14 +181,22 @@ class _Parser:
         pattern, _ = self.lines.pattern(capturing=False)
         until = self._until()
         values.may_postpone = False
-        actions = self.lines.actions(pattern) if words == "whenever" else ()
-        if words == "whenever" and not actions:
-            raise cursor.expected("`->` and an action", fix="say what to do: -> answer 0x41")
+        actions = self._whenever_actions(pattern) if words == "whenever" else ()
         if words != "whenever" and cursor.take_text("->"):
             raise cursor.wrong(
                 f"`{words}` cannot act", fix="write the action with `whenever …` or an expected record"
             )
-        return Watch(pattern, least, most, until, actions, words, line)
+        return Watch(pattern, least, most, until, actions, words, self._because(), line)
+
+    def _whenever_actions(self, pattern: Pattern) -> tuple[Action, ...]:
+        actions = self.lines.actions(pattern)
+        if self.cursor.sees_word("because"):
+            raise self.cursor.wrong(
+                "`whenever` demands nothing and takes no `because`", fix="make the reason a comment: # …"
+            )
+        if not actions:
+            raise self.cursor.expected("`->` and an action", fix="say what to do: -> answer 0x41")
+        return actions
 
     def _watch_bound(self) -> Bound:
         if self.cursor.take_word("never"):

@@ -35,7 +35,7 @@ _OPERATORS: Final = "=, !=, <, <=, >, >=, has, lacks, in, starts or `as $name`"
 _EXPECTED_ACTION: Final = "inject, write, protect, answer or stop"
 
 #: Words that cannot be a bare label because something else begins with them.
-RESERVED: Final = frozenset({"and", "until", "has", "lacks", "in", "starts", "as"})
+RESERVED: Final = frozenset({"and", "until", "because", "has", "lacks", "in", "starts", "as"})
 
 #: Which operators go with which type; None: all of them.
 _ALLOWED: Final[dict[FieldType, tuple[str, ...]]] = {
@@ -94,7 +94,8 @@ class Lines:
 
     def _more(self) -> bool:
         cursor = self.cursor
-        return not (cursor.at_statement_end() or cursor.sees(_NO_FIELD) or cursor.sees_word("until"))
+        ends = cursor.at_statement_end() or cursor.sees(_NO_FIELD) or cursor.sees_word("until", "because")
+        return not ends
 
     def _label(self, kind: str) -> str | None:
         cursor = self.cursor
@@ -135,7 +136,8 @@ class Lines:
         if name is None:
             raise cursor.expected("a field", fix=otherwise)
         if name not in fields and kind not in OPEN_KINDS:
-            fix = did_you_mean(name, fields, otherwise=otherwise)
+            likely = fields if cursor.sees(FIELD_AHEAD) else [*fields, "because"]
+            fix = did_you_mean(name, likely, otherwise=otherwise)
             raise cursor.expected(f"a field of {known}", fix=fix)
         cursor.take(WORD)
         return name, fields.get(name, FieldType.ANY)

@@ -15,14 +15,17 @@ from vmm.trace.fields import FieldType
 from vmm.trace.near import NearMiss, NearMisses
 from vmm.trace.report import Divergence, History, explain_near, explain_other, script_lines
 from vmm.trace.states import ExpectState, SectionState, SequenceState
+from vmm.trace.syntax import ConsoleCheck, Expect, Section, Watch
 from vmm.trace.wording import quoted, value_words
 
 if TYPE_CHECKING:
-    from vmm.trace.actions import Action
     from vmm.trace.script import Script
-    from vmm.trace.syntax import Captures, Expect, Json, Pattern, Watch
+    from vmm.trace.syntax import Captures, Json, Pattern
 
 _CONSOLE_SHOWN: Final = 400
+
+#: What a run can contradict.
+Statement = Expect | Watch | ConsoleCheck | Section
 
 
 @frozen
@@ -35,7 +38,7 @@ class Verdict:
 
 @frozen
 class _Failure:
-    line: int
+    statement: Statement
     what: str
     record: int | None
     near: list[NearMiss]
@@ -122,7 +125,7 @@ class Matcher:
         self._console_tail = (self._console_tail + text)[-_CONSOLE_SHOWN:]
         for state in self._console:
             if self._failure is None and state.breaks(text):
-                self._fail(state.check.line, state.complaint(), notes=self._console_notes())
+                self._fail(state.check, state.complaint(), notes=self._console_notes())
 
     def finish(self) -> Verdict:
         """Say how the run compares, now that it is over. Further calls give the same verdict."""
@@ -140,7 +143,7 @@ class Matcher:
         for field, name in line.captures:
             self.captures[name] = record.get(field)
         self._history.took(line.line)
-        self._perform(line.actions, line.line, record)
+        self._perform(line, record)
 
     def opened(self, section: SectionState) -> None:
         """A section begins: its watches see the records from the next one on."""
@@ -183,9 +186,9 @@ class Matcher:
                 self._check_counts([state], f"before #{self.number}, which ends the count")
             elif state.sees(record, self):
                 state.count += 1
-                self._perform(watch.actions, watch.line, record)
+                self._perform(watch, record)
                 if watch.most is not None and state.count > watch.most:
-                    self._fail(watch.line, _too_many(watch, state.count, self.number), record=self.number)
+                    self._fail(watch, _too_many(watch, state.count, self.number), record=self.number)
 
     def _pass_over(self, record: Json) -> None:
         self.gapped = True
@@ -197,20 +200,20 @@ class Matcher:
         notes = [explain_other(state.node.pattern, self.number, record, self.captures) for state in awaited]
         wanted = max((state.node for state in awaited), key=lambda node: self._closeness(node.pattern, record))
         what = f"`next` wants {wanted.pattern.title()} here, but #{self.number} came"
-        self._fail(wanted.line, what, record=self.number, notes=notes)
+        self._fail(wanted, what, record=self.number, notes=notes)
 
     def _closeness(self, pattern: Pattern, record: Json) -> int:
         """How many conditions hold of a record of the right sort; -1 for another sort."""
         return pattern.held(record, self.captures) if pattern.concerns(record) else -1
 
-    def _perform(self, actions: tuple[Action, ...], line: int, record: Json) -> None:
+    def _perform(self, statement: Expect | Watch, record: Json) -> None:
         if self._actions is None:
             return
         try:
-            for action in actions:
+            for action in statement.actions:
                 action.perform(self._actions, record, self.captures)
         except ActionError as error:
-            self._fail(line, f"the action cannot be done at #{self.number}: {error}", record=self.number)
+            self._fail(statement, f"the action cannot be done at #{self.number}: {error}", record=self.number)
 
     # The end
 
@@ -221,7 +224,7 @@ class Matcher:
             self._check_counts(states, "by the end of the run")
         for state in self._console:
             if self._failure is None and not state.satisfied:
-                self._fail(state.check.line, state.complaint(), notes=self._console_notes())
+                self._fail(state.check, state.complaint(), notes=self._console_notes())
 
     def _check_counts(self, states: list[_WatchState], when: str) -> None:
         for state in states:
@@ -232,13 +235,13 @@ class Matcher:
         pattern, near = state.watch.pattern, state.near.kept
         words, least = state.watch.words, state.watch.least
         what = f"`{words} {pattern.title()}` wanted {least} {when}, but {state.count} came"
-        self._fail(state.watch.line, what, near=near, notes=explain_near(pattern, near))
+        self._fail(state.watch, what, near=near, notes=explain_near(pattern, near))
 
     def _fail_missing(self, missing: ExpectState | SectionState, what: str, record: Json | None) -> None:
         at = None if record is None else self.number
         if isinstance(missing, SectionState):
             self._fail(
-                missing.node.line, f"{what} this section was over", record=at, notes=[_until_note(missing)]
+                missing.node, f"{what} this section was over", record=at, notes=[_until_note(missing)]
             )
             return
         pattern, near = missing.node.pattern, missing.near.kept
@@ -248,13 +251,11 @@ class Matcher:
             notes.append(f"also possible here: line {', '.join(map(str, others))}")
         if missing.node.strict and self.gapped:
             notes.append("`next` lets no record pass, and one did")
-        self._fail(
-            missing.node.line, f"{what} this {pattern.title()} came", record=at, near=near, notes=notes
-        )
+        self._fail(missing.node, f"{what} this {pattern.title()} came", record=at, near=near, notes=notes)
 
     def _fail(
         self,
-        line: int,
+        statement: Statement,
         what: str,
         *,
         record: int | None = None,
@@ -262,7 +263,8 @@ class Matcher:
         notes: list[str] | None = None,
     ) -> None:
         if self._failure is None:
-            self._failure = _Failure(line, what, record, near or [], (notes or []) + self._captured_notes())
+            notes = [*(notes or []), *self._captured_notes()]
+            self._failure = _Failure(statement, what, record, near or [], notes)
 
     def _captured_notes(self) -> list[str]:
         return [f"${name} = {value_words(value, FieldType.TEXT)}" for name, value in self.captures.items()]
@@ -275,12 +277,14 @@ class Matcher:
         ]
 
     def _report(self, failure: _Failure) -> Divergence:
+        statement = failure.statement
         return Divergence(
             file=self._script.file,
-            line=failure.line,
+            line=statement.line,
             what=failure.what,
+            because="" if isinstance(statement, Section) else statement.because,
             record=failure.record,
-            script=script_lines(self._script.text, failure.line),
+            script=script_lines(self._script.text, statement.line),
             run=self._history.lines(failure.record, failure.near),
             notes=tuple(failure.notes),
         )

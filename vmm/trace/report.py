@@ -49,8 +49,9 @@ class RunLine:
 class Divergence:
     """Where a run first went another way than its script.
 
-    ``line`` is the script's line, ``record`` the number of the record at which the divergence became certain
-    (counted from 1; None if only the end of the run decided it), ``what`` the finding in one sentence,
+    ``line`` is the script's line, ``because`` the reason that its statement gives (empty if none), ``record``
+    the number of the record at which the divergence became certain (counted from 1; None if only the end of
+    the run decided it), ``what`` the finding in one sentence,
     ``script`` the script's lines around ``line`` with their numbers, ``run`` the records around, ``notes``
     near misses field by field, and what else helps.
     """
@@ -58,6 +59,7 @@ class Divergence:
     file: str
     line: int
     what: str
+    because: str
     record: int | None
     script: tuple[tuple[int, str], ...]
     run: tuple[RunLine, ...]
@@ -72,6 +74,8 @@ class Divergence:
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         yield _BOLD, f"{self.file}:{self.line}: {self.what}"
+        if self.because:
+            yield _YELLOW, f"because: {printable(self.because)}"
         yield _PLAIN, ""
         yield _DIM, "  script"
         for at, text in self.script:

@@ -204,12 +204,13 @@ class Pattern:
 
 @frozen
 class Expect:
-    """One record that must come. ``captures`` are pairs of field and name."""
+    """One record that must come. ``captures`` are pairs of field and name; ``because`` is empty without a reason."""
 
     pattern: Pattern
     strict: bool
     captures: tuple[tuple[str, str], ...]
     actions: tuple[Action, ...]
+    because: str
     line: int
 
 
@@ -249,6 +250,7 @@ class Watch:
     until: Pattern | None
     actions: tuple[Action, ...]
     words: str
+    because: str
     line: int
 
 
@@ -272,6 +274,7 @@ class ConsoleCheck:
 
     operator: str
     text: str
+    because: str
     line: int
 
 
