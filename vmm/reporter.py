@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+from attrs import evolve
+
 from vmm.cpu.events import Event
 from vmm.errors import OptionError
 from vmm.exits import EptMisconfiguration, EptViolation, ExceptionExit, Exit, ExitReason, Record, Vmcall
@@ -34,6 +36,8 @@ class Reporter:
         self.over_budget = False
         #: Whether the host has ended the run: an access that is due at an exit is not let through any more.
         self.stopped = False
+        #: The vCPU at work, which records are to name; None on a machine that has only one.
+        self.vcpu: int | None = None
         self._observers: list[Observer] = []
         self._handlers: dict[type[Exit], list[Handler[Any]]] = {}
 
@@ -57,6 +61,8 @@ class Reporter:
 
     def emit(self, record: Record) -> None:
         """Show a record to the observers."""
+        if self.vcpu is not None:
+            record = evolve(record, vcpu=self.vcpu)
         for observer in self._observers:
             observer(record)
 
@@ -65,6 +71,8 @@ class Reporter:
 
         Raises ``OptionError`` for a decision that this exit does not leave to handlers.
         """
+        if self.vcpu is not None:
+            record = evolve(record, vcpu=self.vcpu)
         for observer in self._observers:
             observer(record)
         if self._handlers:

@@ -54,9 +54,16 @@ def state_of(machine: Machine, end: End, ranges: Iterable[MemoryRange] = ()) -> 
         "schema": SCHEMA,
         "end": {"reason": end.reason, **end.detail},
         "registers": machine.vcpu.context.registers(),
+        **_of_several(machine),
         "hashes": [_hash(machine, wanted) for wanted in ranges],
         "counters": counters_of(machine),
     }
+
+
+def _of_several(machine: Machine) -> Json:
+    """The registers of all vCPUs, where there are several."""
+    several = len(machine.vcpus) > 1
+    return {"vcpus": [vcpu.context.registers() for vcpu in machine.vcpus]} if several else {}
 
 
 def counters_of(machine: Machine) -> Json:

@@ -54,6 +54,7 @@ class RunRequest:
     everything: bool = False
     verbose: bool = False
     seconds: float | None = None
+    seed: int | None = None
     capacity: int = DEFAULT_CAPACITY
     color: str = "auto"
 
@@ -65,6 +66,7 @@ class RunRequest:
             block_events=self.blocks,
             capacity=self.capacity,
             seconds=self.seconds,
+            seed=self.seed,
         )
 
 
@@ -214,7 +216,7 @@ def run_to_end(machine: Machine) -> End:
     except GuestError as error:
         what = "; ".join([str(error), *getattr(error, "__notes__", ())])
         detail = {"error": type(error).__name__, "what": what}
-        end = End("error", machine.vcpu.context.rip, detail)
+        end = End("error", machine.vcpus[machine.reporter.vcpu or 0].context.rip, detail)
         machine.reporter.emit(end)
         return end
 

@@ -3,5 +3,6 @@
 from vmm.devices.bus import Device, PortBus
 from vmm.devices.console import ConsolePort
 from vmm.devices.debug_exit import DebugExit
+from vmm.devices.interprocessor import InterprocessorPort
 
-__all__ = ["ConsolePort", "DebugExit", "Device", "PortBus"]
+__all__ = ["ConsolePort", "DebugExit", "Device", "InterprocessorPort", "PortBus"]
