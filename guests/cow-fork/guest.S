@@ -129,12 +129,12 @@ round:  xor     ecx, ecx
 
         xor     ebx, ebx                # who made what runs here
 1:      print_number r13d
-        print   "runs function "
+        print   " runs function "
         print_number ebx
         mov     ecx, ebx
         call    call_function
         push    rdx
-        print   "made by "
+        print   " made by "
         pop     rdx
         and     edx, 15
         print_number edx
@@ -196,9 +196,9 @@ compile:
         push    rcx
         inc     r12d
         print_number r13d
-        print   "compiles function "
+        print   " compiles function "
         print_number [rsp]
-        print   "for heat "
+        print   " for heat "
         print_number esi
         print   "\n"
         mov     rcx, [rsp]

@@ -1,15 +1,16 @@
 # A translator inside of the guest: bytecode that modifies itself, translated to x86 block by block.
 #
-# The frame of the bytecode has two linear addresses, `bytecode` and ALIAS higher up, and so has the frame of the
-# translations: `cache`, where they run, and VIEW higher up, where they are written. The bytecode stores into itself by
-# either address, the program around it patches it by either, and it runs at both. So this guest has the problem of the
-# VMM below it, one level up: which translations are stale? Its answer is the same. Translations are found and dropped
-# by the physical address of what they were made from, whatever address a store or a jump came by.
+# The frame of the bytecode has two linear addresses, `bytecode` and ALIAS higher up, and so has the frame of
+# the translations: `cache`, where they run, and VIEW higher up, where they are written. The bytecode stores
+# into itself by either address, the program around it patches it by either, and it runs at both. So this
+# guest has the problem of the VMM below it, one level up: which translations are stale? Its answer is the
+# same: translations are found, and dropped, by the physical address of what they were made from, whatever
+# address a store or a jump came by.
 #
 # An interpreter runs the same bytecode first. Result and final bytecode must be equal.
 #
-# An instruction is two double words, operation and operand. It works on an accumulator (eax), a counter (ecx) and the
-# address of the next instruction (edx):
+# An instruction is two double words, operation and operand. It works on an accumulator (eax), a counter
+# (ecx) and the address of the next instruction (edx):
 #
 #   ADD n, XOR n, MUL n   on the accumulator
 #   SET n                 the counter
@@ -21,8 +22,8 @@
 # A block ends with any of the last four: behind a STORE the rest of the block may be another.
 
         .include "guest.inc"
-        .global _start, pass, interpret, run, find, translate, writer, store, patch, patched, invalidate, drop, physical_of
-        .global cache, bytecode, program
+        .global _start, pass, interpret, run, find, translate, writer, store, patch, invalidate, drop
+        .global physical_of, cache, bytecode, program, patched
 
         .equ    VIEW, 0x40000000        # see guest.toml
         .equ    ALIAS, 0x50000000
@@ -50,20 +51,20 @@
 _start: xor     r15d, r15d
         mov     r14d, offset interpret  # what runs a block
         call    both_passes
-        say     "interpreted "
+        say     "translator interpreted "
         call    tell_result
         mov     ebp, eax                # the oracle's
         mov     r13d, edx
         mov     r14d, offset run
         call    both_passes
-        say     "translated  "
+        say     "translated "
         call    tell_result
 
         cmp     eax, ebp
         jne     different
         cmp     edx, r13d
         jne     different
-        say     "equal: made "
+        say     "made "
         mov     eax, [made]
         call    put_decimal
         mix
@@ -92,7 +93,6 @@ tell_result:
         inc     eax
         cmp     eax, (program_end - program) / 4
         jb      1b
-        say     "\n"
         pop     rax
         ret
 
@@ -373,12 +373,10 @@ program_end:
         .equ    patched_operand, bytecode + (patched - program) + OPERAND
         .equ    ahead_operand, bytecode + (ahead - program) + OPERAND
 
+        .bss
         .balign 4096
 bytecode:
         .skip   4096
-
-        .bss
-        .balign 8
 slots:  .skip   SLOTS * 8               # for each: physical address (0: free) and length of the bytecode
 made:   .skip   4
 dropped:

@@ -9,7 +9,11 @@ from vmm.guest_run import run
 
 WRONG = {guest.name: guest for guest in bundled_guests() if guest.wrong_of}
 #: What the report must say of each.
-CAUSES: dict[str, str] = {}
+CAUSES: dict[str, str] = {
+    "cow-fork-stale": "because: fork has shared this frame: who writes to it must fault first, and get a copy",
+    "dual-mapping-rwx": "because: the compiler writes by the view that runs: that page is writable and executable",
+    "translator-by-address": "because: the STORE went through the other address of the same frame",
+}
 
 each_wrong = pytest.mark.parametrize("name", WRONG)
 
