@@ -1,63 +1,68 @@
 # Copy on write: two processes with a JIT compiler each, whose compiled code lies in a page that fork shares.
 #
-# The program interprets three functions, and compiles a function when it has been called HOT times, and once more,
-# with folded additions, after HOTTER calls. It has compiled the first one when it forks. From then on parent and
-# child share the page of compiled code, until one of them compiles: the write faults, the kernel copies the frame,
-# and the two have separate code. Each compiles the same hot functions for itself.
+# The program calls three functions. It interprets a function at first, compiles it when it has been called
+# TIER_1 times, and compiles it once more, with neighbouring additions folded into one, after TIER_2 calls.
+# It has compiled the first one when it forks. From then on parent and child share the frame of compiled
+# code, until one of them compiles: that store faults, the kernel copies the frame, and the two have code of
+# their own. Each compiles the same hot functions for itself.
 #
-# Compiled code says in edx which process made it and how hot it was, so the results tell whose version ran. The
-# page is read-write or read-execute, never both: PROTECT flips it before and after.
+# Compiled code says in edx which process compiled it, and for which tier, so the results tell whose version
+# ran. The page is read-write or read-execute, never both: the compiler has it flipped before and after.
 #
-# With DUAL this is the guest dual-mapping: see there.
+# With DUAL this is the guest dual-mapping, where the same program needs no flips and no copy: the code lies
+# in one frame with two mappings, read-execute at `jit`, read-write at `view`.
 
         .include "guest.inc"
-        .global program, call_function, interpret, compile, copy_code, writer
+        .include "cow-fork/kernel.inc"
+        .global program_pages, program, call_function, interpret, compile, assemble, copy_code, writer
         .global stack, heap, jit, view, jit_frame, jit_copy
 
-# What a process has, from PRIVATE on. Page `jit` runs; the compiler writes to COMPILER_VIEW.
+# The pages of a process.
         .equ    stack, 0x400000
         .equ    heap, 0x401000
         .equ    jit, 0x402000
         .equ    view, 0x410000
+
+# Names for scripts.
         .equ    jit_frame, frames + 0x2000      # the third frame that the kernel gives out
-        .equ    jit_copy, frames + 0x5000       # the sixth: its copy, after those of stack and heap
-        .equ    JIT_SLOT, 64            # bytes for each function
+        .equ    jit_copy, frames + 0x5000       # the sixth: the copy of it, after those of stack and heap
 
-        .equ    HOT, 3
-        .equ    HOTTER, 6
-        .equ    ROUNDS, 6
-
-.ifdef DUAL
-        # One frame at two addresses, both handed on by fork as they are; so is the heap, where the compiler notes
-        # what there is.
-        .macro  PROGRAM_PAGES
-        call    allocate
-        map     stack, USER_RW, NX
-        call    allocate
-        map     heap, USER_RW|SHARED, NX
-        call    allocate
-.ifdef WRONG
-        map     jit, USER_RW|SHARED, 0         # one mapping for both purposes
+.ifndef DUAL
+        .equ    HANDED_ON, 0            # fork makes stores to heap and code wait for a copy
+        .equ    JIT_ACCESS, USER_R
         .equ    COMPILER_VIEW, jit
 .else
-        map     jit, USER_R|SHARED, 0
-        map     view, USER_RW|SHARED, NX
+        .equ    HANDED_ON, SHARED       # fork leaves both as they are
+.ifndef WRONG
+        .equ    JIT_ACCESS, USER_R
         .equ    COMPILER_VIEW, view
-.endif
-        .endm
 .else
-        .macro  PROGRAM_PAGES
-        call    allocate
-        map     stack, USER_RW, NX
-        call    allocate
-        map     heap, USER_RW, NX
-        call    allocate
-        map     jit, USER_R, 0
+        .equ    JIT_ACCESS, USER_RW     # one mapping for both purposes
         .equ    COMPILER_VIEW, jit
-        .endm
+.endif
 .endif
 
-        .include "cow-fork/kernel.inc"
+        .equ    TIER_1, 3               # calls
+        .equ    TIER_2, 6
+        .equ    ROUNDS, 6
+        .equ    JIT_SLOT, 64            # bytes of the code page for each function
+
+# Of each function the heap says, from rbp on:
+        .equ    ENTRY, 0                # where its compiled version is, or 0
+        .equ    CALLS, 8
+        .equ    FUNCTION_INFO, 16
+
+# What functions consist of: operations with a number each.
+        .equ    OP_DONE, 0
+        .equ    OP_ADD, 1
+        .equ    OP_XOR, 2
+        .equ    OP_MUL, 3
+        .equ    OPERATION, 5            # bytes of one
+
+        .macro  operation what, number = 0
+        .byte   \what
+        .long   \number
+        .endm
 
         .macro  sys number
         mov     eax, \number
@@ -78,29 +83,34 @@
         sys     WRITE_NUMBER
         .endm
 
-# What the functions consist of.
-        .equ    OP_DONE, 0
-        .equ    OP_ADD, 1
-        .equ    OP_XOR, 2
-        .equ    OP_MUL, 3
-
-# On the heap, from rbp on, for each function:
-        .equ    ENTRY, 0                # where its compiled version is, or 0
-        .equ    CALLS, 8
-        .equ    FUNCTION_SIZE, 16
+# program_pages: what the first process has to begin with. Part of the kernel.
+program_pages:
+        call    allocate
+        map     stack, USER_RW, NX
+        call    allocate
+        map     heap, USER_RW|HANDED_ON, NX
+        call    allocate
+        map     jit, JIT_ACCESS|HANDED_ON, 0
+.if COMPILER_VIEW - jit
+        map     view, USER_RW|HANDED_ON, NX
+.endif
+        ret
 
         .data
         .balign 4096
-constants:                              # all that follows in .data is the program's, and read-only
+constants:                              # from here on .data is the program's, read-only
         .text
         .balign 4096, 0xcc
-# r12d: functions compiled, r13d: this process, r14d: the round, r15d: all results, mixed
+
+# ---------------------------------------------------------------------------------------------------------
+# The program: r12d functions compiled, r13d number of this process, r14d round, r15d all results, mixed
+
 program:
         xor     r12d, r12d
         mov     r13d, 1
         xor     r15d, r15d
         mov     ebp, heap
-        mov     r14d, HOT
+        mov     r14d, TIER_1
 1:      xor     ecx, ecx
         call    call_function
         dec     r14d
@@ -110,7 +120,7 @@ program:
         sys     FORK
         test    eax, eax
         jnz     1f
-        mov     r13d, 2                 # the child: nothing of all that is its own doing
+        mov     r13d, 2                 # the child: what is done by now is not its own doing
         xor     r12d, r12d
         xor     r15d, r15d
 1:
@@ -127,14 +137,14 @@ round:  xor     ecx, ecx
         dec     r14d
         jnz     round
 
-        xor     ebx, ebx                # who made what runs here
+        xor     ebx, ebx                # whose versions are these?
 1:      print_number r13d
         print   " runs function "
         print_number ebx
         mov     ecx, ebx
         call    call_function
         push    rdx
-        print   " made by "
+        print   ", compiled by "
         pop     rdx
         and     edx, 15
         print_number edx
@@ -147,17 +157,17 @@ round:  xor     ecx, ecx
         mov     esi, r12d
         sys     EXIT
 
-# call_function: call function ecx for r14d, compiled or not; eax = its result, edx = who made it.
+# call_function: function ecx of r14d, in whatever version there is; eax = result, edx = who compiled it.
+# Changes rcx, rsi, rdi and r8 to r11.
 call_function:
-        mov     r8d, ecx
-        shl     r8d, 4
-        add     r8, rbp                 # what is known of it
+        imul    r8d, ecx, FUNCTION_INFO
+        add     r8, rbp
         inc     dword ptr [r8 + CALLS]
         mov     esi, 1
-        cmp     dword ptr [r8 + CALLS], HOT
+        cmp     dword ptr [r8 + CALLS], TIER_1
         je      1f
         mov     esi, 2
-        cmp     dword ptr [r8 + CALLS], HOTTER
+        cmp     dword ptr [r8 + CALLS], TIER_2
         jne     2f
 1:      call    compile
 2:      mov     eax, r14d
@@ -171,12 +181,12 @@ call_function:
         add     r15d, edx
         ret
 
-# interpret: function ecx, step by step; edx = 0, nobody has made anything.
+# interpret: function ecx of eax, step by step; edx = 0: nobody has compiled it.
 interpret:
         mov     rsi, [functions + rcx * 8]
 1:      movzx   edi, byte ptr [rsi]
         mov     edx, [rsi + 1]
-        add     rsi, 5
+        add     rsi, OPERATION
         cmp     edi, OP_XOR
         ja      3f
         je      2f
@@ -191,26 +201,37 @@ interpret:
 4:      xor     edx, edx
         ret
 
-# compile: function ecx, known at r8, for the heat esi (1 or 2); the new version goes over the old one.
+# compile: function ecx, known at r8, for tier esi. The code is assembled on the stack and copied to its place
+# in one go; a new version goes over the old one. Keeps rcx and r8.
 compile:
         push    rcx
         inc     r12d
         print_number r13d
         print   " compiles function "
         print_number [rsp]
-        print   " for heat "
+        print   " for tier "
         print_number esi
         print   "\n"
         mov     rcx, [rsp]
+        imul    r10d, ecx, JIT_SLOT
+        add     r10d, jit               # where it will run
         mov     r9, [functions + rcx * 8]
-        sub     rsp, JIT_SLOT           # assembled on the stack, then copied as a whole
+        sub     rsp, JIT_SLOT
         mov     rdi, rsp
-        mov     ecx, JIT_SLOT
-        mov     al, 0xcc
-        rep stosb
-        mov     rdi, rsp
+        call    assemble
+        mov     rcx, rdi
+        sub     rcx, rsp
+        shr     ecx, 3
+        mov     rsi, rsp
+        call    copy_code
+        mov     [r8 + ENTRY], r10
+        add     rsp, JIT_SLOT
+        pop     rcx
+        ret
 
-        mov     al, 0xba                # mov edx, heat and maker
+# assemble: the function at r9 for tier esi, to rdi, in whole quadwords. Changes rax, rcx, rdx, rdi and r9.
+assemble:
+        mov     al, 0xba                # mov edx, 16 * tier + process
         stosb
         mov     eax, esi
         shl     eax, 4
@@ -218,74 +239,59 @@ compile:
         stosd
 1:      movzx   ecx, byte ptr [r9]
         mov     edx, [r9 + 1]
-        add     r9, 5
+        add     r9, OPERATION
         cmp     ecx, OP_DONE
         je      5f
         cmp     ecx, OP_ADD
         jne     3f
-2:      cmp     esi, 2                  # hotter: neighbouring additions become one
+2:      cmp     esi, 2                  # tier 2 folds additions
         jne     3f
         cmp     byte ptr [r9], OP_ADD
         jne     3f
         add     edx, [r9 + 1]
-        add     r9, 5
+        add     r9, OPERATION
         jmp     2b
 3:      mov     eax, [opcodes + rcx * 4]
+        stosb
         cmp     ecx, OP_MUL
-        je      4f
-        stosb                           # add eax, imm32; xor eax, imm32
-        mov     eax, edx
-        stosd
-        jmp     1b
-4:      stosw                           # imul eax, eax, imm32
-        mov     eax, edx
+        jne     4f
+        mov     al, ah                  # imul has a ModRM byte
+        stosb
+4:      mov     eax, edx
         stosd
         jmp     1b
 5:      mov     al, 0xc3                # ret
         stosb
+        mov     al, 0xcc
+6:      test    edi, 7
+        jz      7f
+        stosb
+        jmp     6b
+7:      ret
 
-        mov     rcx, rdi
-        sub     rcx, rsp
-        add     ecx, 7
-        shr     ecx, 3                  # in quadwords
-        mov     r10, [rsp + JIT_SLOT]
-        shl     r10d, 6
-        add     r10d, jit               # its place
-        call    copy_code
-        mov     [r8 + ENTRY], r10
-        add     rsp, JIT_SLOT
-        pop     rcx
-        ret
-
-# copy_code: put ecx quadwords from the caller's stack to where r10 runs.
+# copy_code: ecx quadwords from rsi to where r10 runs. Changes rax, rcx, rsi and rdi.
 copy_code:
 .ifndef DUAL
+        push    rsi
         mov     edi, jit
         mov     esi, 1
-        sys     PROTECT
+        sys     PROTECT                 # read-write
+        pop     rsi
 .endif
-        lea     rsi, [rsp + 8]
         lea     rdi, [r10 + COMPILER_VIEW - jit]
-writer: rep movsq                       # COW: the first write after fork faults
+writer: rep movsq                       # the first one after fork faults, if the page waits for its copy
 .ifndef DUAL
         mov     edi, jit
         xor     esi, esi
-        sys     PROTECT
+        sys     PROTECT                 # read-execute
 .endif
         ret
 
         .balign 4096, 0xcc
 program_end:
 
-# The functions, as the interpreter reads them: an operation and a number each.
-
-        .macro  operation what, number = 0
-        .byte   \what
-        .long   \number
-        .endm
-
         .data
-opcodes:
+opcodes:                                # of `OP eax, imm32`
         .long   0, 0x05, 0x35, 0xc069
 functions:
         .quad   function_0, function_1, function_2
