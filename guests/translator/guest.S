@@ -23,7 +23,7 @@
 
         .include "guest.inc"
         .global _start, pass, interpret, run, find, translate, writer, store, patch, invalidate, drop
-        .global physical_of, cache, bytecode, program, patched
+        .global physical_of, cache, bytecode, program, patched, slots, made, dropped
 
         .equ    VIEW, 0x40000000        # see guest.toml
         .equ    ALIAS, 0x50000000
@@ -49,15 +49,15 @@
         .equ    BLOCK_LIMIT, 8
 
 _start: xor     r15d, r15d
+        say     "translator interpreted "
         mov     r14d, offset interpret  # what runs a block
         call    both_passes
-        say     "translator interpreted "
         call    tell_result
         mov     ebp, eax                # the oracle's
         mov     r13d, edx
+        say     "translated "
         mov     r14d, offset run
         call    both_passes
-        say     "translated "
         call    tell_result
 
         cmp     eax, ebp
