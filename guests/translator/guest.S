@@ -23,7 +23,7 @@
 
         .include "guest.inc"
         .global _start, pass, interpret, run, find, translate, writer, store, patch, invalidate, drop
-        .global physical_of, cache, bytecode, program, patched, slots, made, dropped
+        .global physical_of, cache, bytecode, program, slots, made, dropped
 
         .equ    VIEW, 0x40000000        # see guest.toml
         .equ    ALIAS, 0x50000000
@@ -96,8 +96,8 @@ tell_result:
         pop     rax
         ret
 
-# both_passes: the program from the start, at one address of its frame and then, as it has left itself, at the other.
-both_passes:
+# both_passes: load the program and run it, at one address of its frame and then, as it has left itself, at the other.
+both_passes:                            # (no bytecode has been translated when it is loaded)
         mov     esi, offset program
         mov     edi, offset bytecode
         mov     ecx, (program_end - program) / 8
@@ -125,7 +125,7 @@ patch:  mov     esi, offset patched_operand
         pop     rax
         ret
 
-# store: eax to bytecode at the linear address rsi. All changes of bytecode go through here. Changes rbx, rsi, rdi.
+# store: eax to bytecode at the linear address rsi. Running bytecode changes in no other way. Changes rbx, rsi, rdi.
 store:  mov     [rsi], eax
         call    invalidate
         xor     ebx, ebx                # GO_ON
