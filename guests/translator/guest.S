@@ -23,7 +23,7 @@
 
         .include "guest.inc"
         .global _start, pass, interpret, run, find, translate, writer, store, patch, invalidate, drop
-        .global physical_of, cache, bytecode, program, slots, made, dropped
+        .global physical_of, cache, bytecode, program, made, dropped, executed
 
         .equ    VIEW, 0x40000000        # see guest.toml
         .equ    ALIAS, 0x50000000
