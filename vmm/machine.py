@@ -11,7 +11,8 @@ from attrs import frozen
 from vmm.block_events import BlockEvents, reporting
 from vmm.coherence import Coherence, FetchSides, FetchView, Sanitizer
 from vmm.cpu.events import Event, EventType
-from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus
+from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Workpiece
+from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
 from vmm.ept import ExtendedPageTables, Permission
 from vmm.ept.tables import GPA_LIMIT
 from vmm.errors import OptionError
@@ -19,6 +20,7 @@ from vmm.exits import End, FrameEvent, Record
 from vmm.guest import boot
 from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest, load_guest
+from vmm.guest.manifest import WorkpieceSpec
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
@@ -390,6 +392,12 @@ class Machine:
                 len(self.vcpus), lambda: self._current.number, lambda vector, vcpu: self.interrupt(vector, vcpu=vcpu)
             )
             self.ports.attach(ipi, manifest.ipi.port)
+        if manifest.workpiece is not None:
+            self._attach_workpiece(manifest.workpiece)
+
+    def _attach_workpiece(self, spec: WorkpieceSpec) -> None:
+        workpiece = Workpiece(spec.port, spec.flaws, spec.lead, lambda: self.interrupt(spec.vector))
+        self.ports.attach(workpiece, spec.port, WORKPIECE_PORTS)
 
     def _load(self, state: BootState) -> None:
         """Put the guest into memory and registers; image segments become code frames where the manifest says so."""

@@ -13,6 +13,7 @@ CAUSES: dict[str, str] = {
     "cow-fork-stale": "because: fork has shared this frame: who writes to it must fault first, and get a copy",
     "dual-mapping-rwx": "because: the compiler writes by the view that runs: that page is writable and executable",
     "translator-by-address": "because: the STORE went through the other address of the same frame",
+    "toolpath-unsynchronised": "the controller must synchronise after it",
 }
 
 each_wrong = pytest.mark.parametrize("name", WRONG)
