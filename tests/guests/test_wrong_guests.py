@@ -14,6 +14,7 @@ CAUSES: dict[str, str] = {
     "dual-mapping-rwx": "because: the compiler writes by the view that runs: that page is writable and executable",
     "translator-by-address": "because: the STORE went through the other address of the same frame",
     "toolpath-unsynchronised": "the controller must synchronise after it",
+    "w-xor-x-rwx": "the page that the compiler writes its code to must not be executable while it is written",
 }
 
 each_wrong = pytest.mark.parametrize("name", WRONG)
