@@ -18,6 +18,7 @@ EXPECTED = {
     *("alias-patch", "breakpoint", "call-site", "decrypt", "implicit-stores", "lazy-binding", "lock-rmw", "mid-fault"),
     *("patch-ahead", "patch-next", "patch-self", "protected-mode", "read-code", "real-mode", "remap"),
     *("rep-movs", "shrink-wrap", "straddle", "three-aliases"),
+    *("translator", "translator-by-address", "cow-fork", "cow-fork-stale", "dual-mapping", "dual-mapping-rwx"),
 }
 
 _spec = importlib.util.spec_from_file_location("guests_build", GUESTS / "build.py")
