@@ -197,12 +197,13 @@ class Machine:
     def interrupt(self, vector: int, *, vcpu: int = 0) -> None:
         """Raise an external interrupt: delivered when RFLAGS.IF and the interrupt shadow of the vCPU allow it.
 
-        ``vector`` is 0 to 255; raises ``OptionError`` for others, and for a vCPU that there is not.
+        ``vector`` is 0 to 255. One that is pending already stays pending once; of several the highest is delivered
+        first. Raises ``OptionError`` for other vectors, and for a vCPU that there is not.
         """
         if not 0 <= vcpu < len(self.vcpus):
             fix = f"there are {len(self.vcpus)}, counted from 0"
             raise OptionError(f"vCPU {vcpu}", where="interrupt", fix=fix)
-        self.loop.processors[vcpu].interrupts.append(Event(vector, EventType.EXTERNAL_INTERRUPT).vector)
+        self.loop.processors[vcpu].interrupts.add(Event(vector, EventType.EXTERNAL_INTERRUPT).vector)
 
     def answer(self, value: int) -> None:
         """Let the IN whose exit is being reported read ``value``."""

@@ -202,19 +202,41 @@ class TestInterprocessorInterrupts:
     HANDLER = f"push rax; push rdx; mov dx, {IPI}; in al, dx; mov byte ptr [0x40020], al; pop rdx; pop rax; iretq"
 
     def run(self, seed: int, options: RunOptions = tiny.STRICT):
+        made = self.build(seed, options)
+        made.run()
+        return made
+
+    def build(self, seed: int, options: RunOptions, *, quantum: int = 20):
         idt = bytes(16 * GATE_VECTOR) + gate(OTHER + 0x800)
         other = CpuSpec(OTHER, registers={"rsp": OTHER_STACK}, idt=IDT)
-        made = tiny.build(
+        return tiny.build(
             {CODE: self.SENDER, OTHER: self.RECEIVER, OTHER + 0x800: self.HANDLER, IDT: idt},
             code=(CODE, OTHER, OTHER + 0x800),
             maps=(*MAPS, tiny.map_page(IDT, IDT, "rw")),
             others=[other],
-            schedule=Schedule(seed, 20),
+            schedule=Schedule(seed, quantum),
             ipi=IPI,
             options=options,
         )
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_its_delivery_is_one_of_the_instructions_of_a_turn(self, seed):
+        """A turn that ends with the delivery does not execute the handler's first instruction."""
+        turns = {way: self.turns(seed, WAYS[way]) for way in ("free", "stepped")}
+        assert turns["free"] == turns["stepped"]
+
+    def turns(self, seed: int, options: RunOptions) -> list[tuple[int, ...]]:
+        """How many instructions each vCPU has completed at the start of each turn; turns are of one or two."""
+        made, counts = self.build(seed, options, quantum=2), []
+        draw = made.machine.loop._scheduler.draw
+
+        def noting(ready):
+            counts.append(tuple(vcpu.pace.retired for vcpu in made.machine.vcpus))
+            return draw(ready)
+
+        made.machine.loop._scheduler.draw = noting
         made.run()
-        return made
+        return counts
 
     @pytest.mark.parametrize("seed", range(5))
     @pytest.mark.parametrize("way", WAYS)
