@@ -15,7 +15,7 @@ from vmm.guest import load_guest
 GUESTS = Path(__file__).parents[2] / "guests"
 FOLDERS = sorted(manifest.parent for manifest in GUESTS.glob("*/guest.toml"))
 EXPECTED = {
-    *("alias-patch", "breakpoint", "call-site", "decrypt", "implicit-stores", "lock-rmw", "mid-fault"),
+    *("alias-patch", "breakpoint", "call-site", "cross-modify", "decrypt", "implicit-stores", "lock-rmw", "mid-fault"),
     *("patch-ahead", "patch-next", "patch-self", "protected-mode", "read-code", "real-mode", "remap"),
     *("rep-movs", "straddle", "three-aliases"),
 }

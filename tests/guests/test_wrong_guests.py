@@ -9,7 +9,10 @@ from vmm.guest_run import run
 
 WRONG = {guest.name: guest for guest in bundled_guests() if guest.wrong_of}
 #: What the report must say of each.
-CAUSES: dict[str, str] = {}
+CAUSES: dict[str, str] = {
+    "cross-modify-torn": "vCPU 1 has executed a mixture of two versions",
+    "cross-modify-unsynchronised": "every other vCPU must be told, and must serialise, before the next store",
+}
 
 each_wrong = pytest.mark.parametrize("name", WRONG)
 
