@@ -186,6 +186,20 @@ def gate(handler: int) -> bytes:
     return b"".join(value.to_bytes(size, "little") for value, size in parts)
 
 
+#: The second round of each loop goes to the middle of the block that the first one was in.
+LOOPS = "mov ecx, 3; one: dec ecx; jnz one; mov ecx, 3; two: dec ecx; jnz two; mov ecx, 3; repe scasb; mov al, 0;"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_counted_is_what_was_executed(way, seed):
+    loops = f"mov edi, {DATA}; {LOOPS}"
+    counted = 1 + (1 + 6) + (1 + 6) + 3 + 1
+    made = build(f"{loops} hlt", f"{loops} hlt", seed=seed, quantum=5, options=WAYS[way])
+    assert made.run().reason == "halt"
+    assert [vcpu.pace.retired for vcpu in made.machine.vcpus] == [counted, counted]
+
+
 class TestInterprocessorInterrupts:
     SENDER = f"""
         mov eax, 0x0141
