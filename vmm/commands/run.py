@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import evolve, frozen
 
+from vmm.coherence import Coherence
 from vmm.commands.diagnostics import Diagnostics
 from vmm.commands.interrupt import Interruption
 from vmm.commands.outputs import STDOUT, OutputFile, Outputs
@@ -55,6 +56,7 @@ class RunRequest:
     verbose: bool = False
     seconds: float | None = None
     seed: int | None = None
+    coherence: str | None = None
     capacity: int = DEFAULT_CAPACITY
     color: str = "auto"
 
@@ -67,6 +69,7 @@ class RunRequest:
             capacity=self.capacity,
             seconds=self.seconds,
             seed=self.seed,
+            coherence=None if self.coherence is None else Coherence(self.coherence),
         )
 
 
@@ -152,7 +155,8 @@ class _Run:
         interruption.settle()
         self.log.tell("run ended", reason=end.reason, exits=machine.reporter.total)
         self._write_files(end, ranges)
-        outcome = judge(machine.guest.manifest, end)
+        stale = machine.stale if self.script is None else 0  # a script has the say
+        outcome = judge(machine.guest.manifest, end, stale=stale)
         if outcome.status is Status.INTERRUPTED:
             self.script = None  # a script says nothing about half a run
         status = self._conclude(outcome)

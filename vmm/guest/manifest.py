@@ -9,7 +9,7 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [[vcpu]]   the same, for each further vCPU
     [schedule] seed, quantum: how the vCPUs take turns
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
-    [policy]   reads, writes, code
+    [policy]   reads, writes, code, coherence
     [console]  port: what the guest writes there is its printed output
     [ipi]      port: interprocessor interrupts, and the number of the vCPU that asks
     [end]      port, value, halt
@@ -158,6 +158,7 @@ class Policy:
     reads: Literal["step", "grant"] = "step"
     writes: Literal["step", "window", "adaptive"] = "step"
     code: Literal["load", "fetch"] = "fetch"
+    coherence: Literal["coherent", "serialised", "explicit"] = "coherent"
 
 
 @frozen(slots=True)
@@ -271,7 +272,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
         machine=machine,
         cpu=cpu,
         paging=_paging(top, machine, cpu),
-        policy=_policy(top.table("policy", ("reads", "writes", "code")), image),
+        policy=_policy(top.table("policy", ("reads", "writes", "code", "coherence")), image),
         console=console,
         end=end,
         limits=_limits(top.table("limits", ("exits", "seconds"))),
@@ -477,6 +478,7 @@ def _policy(table: Table, image: Image) -> Policy:
         reads=table.choice("reads", ("step", "grant"), default="step"),
         writes=table.choice("writes", ("step", "window", "adaptive"), default="step"),
         code=table.choice("code", ("load", "fetch"), default="load" if image.format == "elf64" else "fetch"),
+        coherence=table.choice("coherence", ("coherent", "serialised", "explicit"), default="coherent"),
     )
 
 
