@@ -3,7 +3,8 @@
 # The instruction has five bytes, which lie on two cache lines: no store changes all of them at once. So vCPU 0
 # first puts an int3 over the first byte. Whoever runs into it goes to the #BP handler, which does what the new
 # instruction will do. Then the other bytes follow, and at last the first one. After each of the three stores an
-# interprocessor interrupt makes vCPU 1 serialise (SDM vol. 3, 9.1.3), and vCPU 0 waits until it has.
+# interprocessor interrupt makes vCPU 1 serialise (SDM vol. 3, 9.1.3), and vCPU 0 waits until it has. What counts as
+# wrong is a mixture, and a version older than the last one that was complete when the round began.
 #
 # Version n is `mov eax, imm32` if n is odd and `mov ecx, imm32` if it is even; its four immediate bytes are all n.
 # So a mixture of two versions shows: in an immediate of unequal bytes, or in the wrong register.
@@ -81,6 +82,8 @@ opcode_store:
 # synchronise: have all other processors serialise, and wait until they have. Changes edx and esi.
 synchronise:
 .ifndef UNSYNCHRONISED
+        clflush [rdi]                   # nothing on x86; elsewhere the instruction caches must be told, too
+        clflush [rdi + 4]
         push    rax
         mov     esi, [acknowledged]
         inc     esi

@@ -11,7 +11,7 @@ WRONG = {guest.name: guest for guest in bundled_guests() if guest.wrong_of}
 #: What the report must say of each.
 CAUSES: dict[str, str] = {
     "cross-modify-torn": "vCPU 1 has executed a mixture of two versions",
-    "cross-modify-unsynchronised": "every other vCPU must be told, and must serialise, before the next store",
+    "cross-modify-unsynchronised": "vCPU 1 has executed a version that was gone: it had not serialised since the patch",
 }
 
 each_wrong = pytest.mark.parametrize("name", WRONG)
