@@ -32,7 +32,7 @@ CHECKED = RunOptions(audit=True, check=True, block_events=True)
 WITHOUT_BLOCKS = {"stepped": RunOptions(single_step=True), "four blocks": RunOptions(capacity=4)}
 
 #: Guests in which nothing that has run is changed.
-CHANGES_NOTHING_THAT_RAN = {"decrypt"}
+CHANGES_NOTHING_THAT_RAN = {"decrypt", "toolpath"}
 #: Guests that never come back to the start of a translation that they have made stale: a five-byte call returns
 #: into the six bytes of the call that it replaces.
 NEVER_STALE = {"decrypt"}

@@ -12,6 +12,7 @@ WRONG = {guest.name: guest for guest in bundled_guests() if guest.wrong_of}
 CAUSES: dict[str, str] = {
     "cross-modify-torn": "vCPU 1 has executed a mixture of two versions",
     "cross-modify-unsynchronised": "vCPU 1 has executed a version that was gone: it had not serialised since the patch",
+    "toolpath-unsynchronised": "the controller must synchronise after it",
 }
 
 each_wrong = pytest.mark.parametrize("name", WRONG)
