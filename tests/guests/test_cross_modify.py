@@ -62,7 +62,7 @@ def all_of(name: str, options: RunOptions):
         registers = [vcpu.context.registers() for vcpu in machine.vcpus]
         retired = [vcpu.pace.retired for vcpu in machine.vcpus]
         memory = machine.read(0, machine.guest.manifest.machine.memory)
-        state = evolve(end, vcpu=None), registers, retired, memory, bytes(machine.console.output)
+        state = end, registers, retired, memory, bytes(machine.console.output)
         return *state, made.architectural(), made.of(StaleExecution)
 
 

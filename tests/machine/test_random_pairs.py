@@ -67,7 +67,7 @@ def state(made: tiny.Tiny):
     machine = made.machine
     registers = [vcpu.context.registers() for vcpu in machine.vcpus]
     retired = [vcpu.pace.retired for vcpu in machine.vcpus]
-    return evolve(made.end, vcpu=None), registers, retired, machine.read(0, tiny.MEMORY), bytes(machine.console.output)
+    return made.end, registers, retired, machine.read(0, tiny.MEMORY), bytes(machine.console.output)
 
 
 def events(made: tiny.Tiny):
