@@ -295,6 +295,11 @@ class Machine:
         return 0 if self.sanitizer is None else self.sanitizer.found
 
     @property
+    def seed(self) -> int:
+        """The seed of the interleaving, from the options or the manifest: 64 bits."""
+        return self.guest.manifest.schedule.seed if self.options.seed is None else self.options.seed
+
+    @property
     def audited(self) -> int:
         """Block entries that the auditor has checked."""
         return sum(events.auditor.entries for events in self._events)
@@ -353,8 +358,7 @@ class Machine:
         return vcpu
 
     def _make_loop(self) -> RunLoop:
-        seed = self.guest.manifest.schedule.seed if self.options.seed is None else self.options.seed
-        scheduler = Scheduler(seed, self.guest.manifest.schedule.quantum)
+        scheduler = Scheduler(self.seed, self.guest.manifest.schedule.quantum)
         return RunLoop([self._make_processor(vcpu) for vcpu in self.vcpus], scheduler, self.state, self.reporter)
 
     def _make_processor(self, vcpu: VirtualCpu) -> Processor:

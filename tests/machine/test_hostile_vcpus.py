@@ -1,4 +1,4 @@
-"""One vCPU cannot starve, flood or confuse another one, nor the VMM; the host stops and interrupts whichever it wants."""
+"""One vCPU cannot starve, flood or confuse another one, nor the VMM; the host stops and interrupts whom it wants."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import pytest
 import tiny
 from attrs import evolve
-from tiny import CODE, DATA, PAGE, STACK
+from tiny import CODE, DATA, PAGE
 
 from vmm.cpu.events import Event, EventType, Vector
 from vmm.exits import Cpuid, ExternalInterrupt, Hlt, Injection, TripleFault
