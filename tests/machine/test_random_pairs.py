@@ -14,15 +14,16 @@ from attrs import evolve
 from random_guests import RandomGuest
 from random_pairs import RandomPair
 
+from vmm.coherence import Coherence
 from vmm.cpu.engine import PRIVATE_BASE, PRIVATE_PAGES
-from vmm.exits import ExceptionExit, ExternalInterrupt, IoInstruction
+from vmm.exits import ExceptionExit, ExternalInterrupt, IoInstruction, StaleExecution
 from vmm.guest.manifest import Policy
 from vmm.machine import RunOptions
 from vmm.memory import PAGE
 from vmm.vcpu import VirtualCpu
 
 STEP = Policy(code="load")
-SEEDS = 5
+SEEDS = 4
 CAMPAIGN = 200
 PIECE = 20
 WAYS = {
@@ -92,9 +93,29 @@ def compare(seed: int) -> int:
     return len(oracle.modifications)
 
 
+def compare_stale(seed: int, model: Coherence) -> int:
+    """Run one pair in every way where fetches lag behind; the number of stale executions."""
+    pair = RandomPair(seed)
+    segments = pair.segments()
+
+    def seen(options: RunOptions):
+        made = run(pair, segments, options=evolve(options, coherence=model))
+        stale = [evolve(record, time=0) for record in made.of(StaleExecution)]
+        return state(made), made.architectural(), events(made), stale
+
+    results = {name: seen(options) for name, options in WAYS.items()}
+    assert all(result == results["stepped"] for result in results.values())
+    return len(results["stepped"][3])
+
+
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_all_ways_of_running_agree(seed):
     compare(seed)
+
+
+@pytest.mark.parametrize("model", [Coherence.SERIALISED, Coherence.EXPLICIT], ids=lambda model: model.value)
+def test_all_ways_of_running_are_stale_alike(model):
+    assert compare_stale(SEEDS, model) > 10
 
 
 def test_the_pairs_are_worth_running():
@@ -118,3 +139,11 @@ def test_the_pairs_are_worth_running():
 def test_campaign(piece):
     rng = random.Random(0x52 + piece)
     assert sum(compare(rng.getrandbits(40)) for _ in range(PIECE)) > 10 * PIECE
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", [Coherence.SERIALISED, Coherence.EXPLICIT], ids=lambda model: model.value)
+@pytest.mark.parametrize("piece", range(CAMPAIGN // PIECE))
+def test_stale_campaign(piece, model):
+    rng = random.Random(0x53 + piece)
+    assert sum(compare_stale(rng.getrandbits(40), model) for _ in range(PIECE)) > 10 * PIECE
