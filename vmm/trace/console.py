@@ -54,6 +54,8 @@ class ConsoleView:
         self._unseen = 0
         self._patches = PatchReader(machine, self._names)
         self._several = len(machine.vcpus) > 1
+        self._vcpu = len(str(len(machine.vcpus) - 1))
+        self._indent = " " * len(self._start("", None, Line("", "", ""))) + _GAP
         self._watch_blocks()
 
     def record(self, record: Record) -> None:
@@ -146,17 +148,17 @@ class ConsoleView:
     def _show_entry(self, entry: Entry) -> None:
         line = line_of(entry, self._names)
         number = str(entry.seq) if entry.first == entry.seq else f"{entry.first}-{entry.seq}"
-        start = self._start(number, entry.record.vcpu, line)
-        self._painter.line(f"{start}{line.what}", line.style)
+        self._painter.line(self._start(number, entry.record.vcpu, line) + line.what, line.style)
         for style, text in line.below:
-            self._painter.line(f"{' ' * len(start)}{_GAP}{text}", style)
+            self._painter.line(self._indent + text, style)
         self._lines += 1 + len(line.below)
 
     def _start(self, number: str, vcpu: int | None, line: Line) -> str:
         """All columns of a line but the last."""
         columns = [f"{number:>{_NUMBER}}", f"{line.kind:<{_KIND}}", f"{line.where:<{_PLACE}}", ""]
         if self._several:
-            columns[1:2] = ["" if vcpu is None else str(vcpu), f"{line.kind:<{_KIND_OF_SEVERAL}}"]
+            who = "" if vcpu is None else str(vcpu)
+            columns[1:2] = [f"{who:>{self._vcpu}}", f"{line.kind:<{_KIND_OF_SEVERAL}}"]
         return _GAP.join(columns)
 
     def _show_note(self, text: str) -> None:
