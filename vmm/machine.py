@@ -219,12 +219,13 @@ class Machine:
     def interrupt(self, vector: int, *, vcpu: int = 0) -> None:
         """Raise an external interrupt: delivered when RFLAGS.IF and the interrupt shadow of the vCPU allow it.
 
-        ``vector`` is 0 to 255; raises ``OptionError`` for others, and for a vCPU that there is not.
+        ``vector`` is 0 to 255. One that is pending already stays pending once; of several the highest is delivered
+        first. Raises ``OptionError`` for other vectors, and for a vCPU that there is not.
         """
         if not 0 <= vcpu < len(self.vcpus):
             fix = f"there are {len(self.vcpus)}, counted from 0"
             raise OptionError(f"vCPU {vcpu}", where="interrupt", fix=fix)
-        self.loop.processors[vcpu].interrupts.append(Event(vector, EventType.EXTERNAL_INTERRUPT).vector)
+        self.loop.processors[vcpu].interrupts.add(Event(vector, EventType.EXTERNAL_INTERRUPT).vector)
 
     def answer(self, value: int) -> None:
         """Let the IN whose exit is being reported read ``value``."""
@@ -330,6 +331,11 @@ class Machine:
         return 0 if self.sanitizer is None else self.sanitizer.found
 
     @property
+    def seed(self) -> int:
+        """The seed of the interleaving, from the options or the manifest: 64 bits."""
+        return self.guest.manifest.schedule.seed if self.options.seed is None else self.options.seed
+
+    @property
     def audited(self) -> int:
         """Block entries that the auditor has checked."""
         return sum(events.auditor.entries for events in self._events)
@@ -393,8 +399,7 @@ class Machine:
         return vcpu
 
     def _make_loop(self) -> RunLoop:
-        seed = self.guest.manifest.schedule.seed if self.options.seed is None else self.options.seed
-        scheduler = Scheduler(seed, self.guest.manifest.schedule.quantum)
+        scheduler = Scheduler(self.seed, self.guest.manifest.schedule.quantum)
         return RunLoop([self._make_processor(vcpu) for vcpu in self.vcpus], scheduler, self.state, self.reporter)
 
     def _make_processor(self, vcpu: VirtualCpu) -> Processor:
