@@ -11,6 +11,7 @@ from attrs import frozen
 from vmm.cpu.defects import block_is_affected
 from vmm.cpu.events import Event, EventType
 from vmm.devices import ConsolePort, DebugExit, PortBus
+from vmm.devices.from_manifest import attach_inputs
 from vmm.ept import ExtendedPageTables, Permission
 from vmm.ept.tables import GPA_LIMIT
 from vmm.errors import AuditError, OptionError
@@ -18,6 +19,7 @@ from vmm.exits import BlockEvent, End, FrameEvent, Record
 from vmm.guest import boot
 from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest, load_guest
+from vmm.inputs import Alias, Answer, Inject, Inputs, Interrupt, Protect, Seal, Stop, Write
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
@@ -40,7 +42,8 @@ class RunOptions:
     ``audit`` checks the bytes of every block at every entry (slow). ``check`` verifies the rules of the trap after
     every transition. ``single_step`` executes everything on the stepping engine, one instruction at a time, as an
     oracle for the rest. ``block_events`` has every block event reported. ``capacity`` is that of the block cache, in
-    blocks. ``seconds`` overrides the manifest's wall-clock limit.
+    blocks. ``seconds`` overrides the manifest's wall-clock limit. ``input`` is what the guest reads at its input
+    port instead of the manifest's file, ``time`` what its clock shows, in nanoseconds since 1970.
     """
 
     audit: bool = False
@@ -49,6 +52,8 @@ class RunOptions:
     block_events: bool = False
     capacity: int = DEFAULT_CAPACITY
     seconds: float | None = None
+    input: bytes | None = None
+    time: int | None = None
 
 
 class Machine:
@@ -63,8 +68,9 @@ class Machine:
         self.guest: Final = guest
         self.options: Final = options or RunOptions()
         state = boot.build(guest)
-        self.reporter: Final = Reporter(guest.manifest.limits.exits)
-        self.ports: Final = PortBus()
+        self.inputs: Final = Inputs()
+        self.reporter: Final = Reporter(guest.manifest.limits.exits, self.inputs)
+        self.ports: Final = PortBus(self.inputs)
         self.memory: Final = GuestMemory(state.memory + len(state.system.data))
         self._ram_size = state.memory
         self._system_gpa = state.system.gpa
@@ -77,6 +83,7 @@ class Machine:
             self.memory, self.ept, self.frames, self.blocks, self.instruction_exits, audit=self.options.audit
         )
         self.instruction_exits.instruction = self.vcpu.instruction
+        self.inputs.context = self.vcpu.context
         self.control: Final = FrameControl(
             self.ept,
             self.frames,
@@ -149,6 +156,7 @@ class Machine:
 
     def stop(self) -> None:
         """End the run at this boundary, for handlers and observers: what an EPT violation refused stays undone."""
+        self.inputs.note(Stop())
         self.reporter.stopped = True
         self.loop.finish("stopped", {})
 
@@ -188,6 +196,7 @@ class Machine:
 
     def inject(self, event: Event) -> None:
         """Deliver an event at the next VM entry, whatever the guest's interrupt flag (event injection)."""
+        self.inputs.note(Inject(event))
         self.loop.pending.append(event)
 
     def interrupt(self, vector: int) -> None:
@@ -195,7 +204,14 @@ class Machine:
 
         ``vector`` is 0 to 255; raises ``OptionError`` for others.
         """
-        self.loop.interrupts.append(Event(vector, EventType.EXTERNAL_INTERRUPT).vector)
+        event = Event(vector, EventType.EXTERNAL_INTERRUPT)
+        self.inputs.note(Interrupt(vector))
+        self.loop.interrupts.append(event.vector)
+
+    def answer(self, value: int) -> None:
+        """Have the IN whose exit is being reported read ``value``, cut to its size, whatever its device says."""
+        self.inputs.note(Answer(value))
+        self.instruction_exits.override = value
 
     def register(self, name: str) -> int:
         """A register by its name in a state file; raises ``KeyError`` for an unknown one."""
@@ -212,10 +228,11 @@ class Machine:
         places = self._places(gpa, len(data))
         self._refuse_sealed(places, "write")
         pieces = [(hpa, where, data[where - gpa : where - gpa + length]) for hpa, where, length in places]
-        self.door.write(pieces, cause="host", mmu=self.vcpu.mmu)
-        if any(hpa >= self._ram_size for hpa, _, _ in places):
-            self.vcpu.mmu.tables_changed()
-            self.vcpu.free.flush_tlb()
+        with self.inputs.during(Write(gpa, data)):
+            self.door.write(pieces, cause="host", mmu=self.vcpu.mmu)
+            if any(hpa >= self._ram_size for hpa, _, _ in places):
+                self.vcpu.mmu.tables_changed()
+                self.vcpu.free.flush_tlb()
 
     def alias(self, gpa: int, target: int, size: int) -> None:
         """Make ``size`` bytes of GPAs reach the frames of other GPAs (all multiples of 4096).
@@ -226,10 +243,12 @@ class Machine:
         if (gpa | target | size) % PAGE or not 0 <= gpa <= gpa + size <= GPA_LIMIT:
             what = f"{size:#x} bytes at GPA {gpa:#x} for {target:#x}"
             raise OptionError(what, where="alias", fix="give multiples of 4096 below 2^48")
-        for host, where, _ in self._places(target, size):
-            self._map(gpa + where - target, self.frames.at(host))
-        self.vcpu.mmu.frames_changed()
-        self.vcpu.free.flush_tlb()
+        places = self._places(target, size)
+        with self.inputs.during(Alias(gpa, target, size)):
+            for host, where, _ in places:
+                self._map(gpa + where - target, self.frames.at(host))
+            self.vcpu.mmu.frames_changed()
+            self.vcpu.free.flush_tlb()
 
     def protect(self, gpa: int, size: int, access: Permission) -> None:
         """Change what the EPT allows for whole pages until the next change of their frame's state.
@@ -242,16 +261,19 @@ class Machine:
         places = self._places(gpa & -PAGE, size + gpa % PAGE)
         if access & Permission.W:
             self._refuse_sealed(places, "protect")
-        for hpa, where, _ in places:
-            self.control.protect(self.frames.at(hpa), access, where & -PAGE)
-        self.vcpu.free.flush_tlb()
+        with self.inputs.during(Protect(gpa, size, access)):
+            for hpa, where, _ in places:
+                self.control.protect(self.frames.at(hpa), access, where & -PAGE)
+            self.vcpu.free.flush_tlb()
 
     def seal(self, gpa: int, size: int) -> None:
         """Make code final: every later store to these frames is refused, through whichever alias, for good."""
-        for hpa, _, _ in self._places(gpa, size):
-            frame = self.frames.at(hpa)
-            if frame.state is not FrameState.SEALED:
-                self.control.move(frame, FrameState.SEALED, "seal")
+        places = self._places(gpa, size)
+        with self.inputs.during(Seal(gpa, size)):
+            for hpa, _, _ in places:
+                frame = self.frames.at(hpa)
+                if frame.state is not FrameState.SEALED:
+                    self.control.move(frame, FrameState.SEALED, "seal")
 
     def verify(self) -> None:
         """Check the rules of the trap for every frame; raises ``InvariantError``."""
@@ -301,10 +323,11 @@ class Machine:
 
     def _attach_devices(self) -> None:
         manifest = self.guest.manifest
-        self.ports.attach(self.console, manifest.console.port)
+        self.ports.attach(self.console, manifest.console.port, inside=True)
         if manifest.end.port is not None:
             ended = DebugExit(lambda port, value: self.loop.finish("port", {"port": port, "value": value}))
-            self.ports.attach(ended, manifest.end.port)
+            self.ports.attach(ended, manifest.end.port, inside=True)
+        attach_inputs(self.ports, manifest, data=self.options.input, time=self.options.time)
 
     def _load(self, state: BootState) -> None:
         """Put the guest into memory and registers; image segments become code frames where the manifest says so."""

@@ -72,7 +72,7 @@ class MachineActions:
         """Let the IN at this exit read ``value``."""
         if not isinstance(self._record, IoInstruction) or self._record.direction != "in":
             raise ActionError("only an IN can be answered, and this is none")
-        self._machine.instruction_exits.override = value
+        self._machine.answer(value)
 
     def stop(self) -> None:
         """End the run."""

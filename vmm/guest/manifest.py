@@ -9,6 +9,8 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
     [policy]   reads, writes, code
     [console]  port: what the guest writes there is its printed output
+    [input]    port, file: what the guest reads there
+    [clock]    port, time: where it reads the time
     [end]      port, value, halt
     [limits]   exits, seconds
 
@@ -22,13 +24,14 @@ from __future__ import annotations
 
 import sys
 import tomllib
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from attrs import field, frozen
 
 from vmm.errors import ManifestError
 from vmm.guest.fields import PAGE, U16_MAX, U32_MAX, U64_MAX, Table, is_canonical
 from vmm.guest.files import one_line, read_file
+from vmm.guest.inputs import ClockSpec, InputSpec, clock_of, input_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,13 +63,14 @@ REGISTERS: Final = (*GPRS, "rflags", "mxcsr", "fcw", "cr3", "fs_base", "gs_base"
 RFLAGS_VALID: Final = 0x3D_7FD7
 MXCSR_VALID: Final = 0xFFFF
 
-_MANIFEST_LIMIT: Final = 1 << 20
+MANIFEST_LIMIT: Final = 1 << 20
 _MAPS_LIMIT: Final = 1024
 _MAPPED_LIMIT: Final = 4 << 30
 _NAME_LENGTH: Final = 100
+_POLICY_KEYS: Final = ("reads", "writes", "code")
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
-    *("image", "machine", "cpu", "paging", "policy", "console", "end", "limits"),
+    *("image", "machine", "cpu", "paging", "policy", "console", "input", "clock", "end", "limits"),
 )
 
 
@@ -185,6 +189,8 @@ class Manifest:
     summary: str = ""
     policy: Policy = Policy()
     console: Console = Console()
+    input: InputSpec | None = None
+    clock: ClockSpec | None = None
     end: End = End()
     limits: Limits = Limits()
     wrong_of: str = ""
@@ -198,7 +204,7 @@ class Manifest:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest in the file ``path``; raises ManifestError. The image's file is not looked at."""
-    data = read_file(path, _MANIFEST_LIMIT, error=ManifestError, fix=f"give the path of a {MANIFEST_NAME}")
+    data = read_file(path, MANIFEST_LIMIT, error=ManifestError, fix=f"give the path of a {MANIFEST_NAME}")
     try:
         text = data.decode()
     except UnicodeDecodeError as problem:
@@ -231,6 +237,8 @@ def _manifest(top: Table, path: Path) -> Manifest:
     image = _image(top.table("image", ("format", "file", "load", "symbols")), machine, path.parent)
     cpu = _cpu(top, machine, image)
     end = _end(top.table("end", ("port", "value", "halt")))
+    console = _console(top.table("console", ("port",)), end)
+    taken = {console.port: "[console].port", **({} if end.port is None else {end.port: "[end].port"})}
     return Manifest(
         path=path,
         name=top.string("name", longest=_NAME_LENGTH),
@@ -239,8 +247,10 @@ def _manifest(top: Table, path: Path) -> Manifest:
         machine=machine,
         cpu=cpu,
         paging=_paging(top, machine, cpu),
-        policy=_policy(top.table("policy", ("reads", "writes", "code")), image),
-        console=_console(top.table("console", ("port",)), end),
+        policy=_policy(top.table("policy", _POLICY_KEYS), image),
+        console=console,
+        input=input_of(top, path.parent, taken),
+        clock=clock_of(top, taken),
         end=end,
         limits=_limits(top.table("limits", ("exits", "seconds"))),
         wrong_of=_wrong_of(top),
@@ -404,6 +414,11 @@ def _check_linear(table: Table, machine: MachineSpec, first: int, last: int) -> 
 
 def _last_linear(machine: MachineSpec) -> int:
     return U64_MAX if machine.mode == "long" else U32_MAX
+
+
+def policy_from(values: dict[str, Any], image: Image, origin: str) -> Policy:
+    """The policy that the values of a ``[policy]`` table make; raises ``ManifestError`` that names ``origin``."""
+    return _policy(Table(values, "[policy]", origin, _POLICY_KEYS), image)
 
 
 def _policy(table: Table, image: Image) -> Policy:
