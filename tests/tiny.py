@@ -12,7 +12,7 @@ from attrs import define, evolve, field
 from vmm.exits import BlockEvent, End, EptViolation, Exit, ExitReason, FrameEvent, Modification, Record
 from vmm.guest.image import LoadedImage, Segment
 from vmm.guest.loader import Guest
-from vmm.guest.manifest import CpuSpec, Image, Limits, MachineSpec, Manifest, Paging, Policy
+from vmm.guest.manifest import CpuSpec, Image, Ipi, Limits, MachineSpec, Manifest, Paging, Policy, Schedule
 from vmm.guest.manifest import Mapping as PageMapping
 from vmm.guest.symbols import Symbols
 from vmm.machine import Machine, RunOptions
@@ -114,6 +114,9 @@ def guest(
     policy: Policy | None = None,
     paging: bool = True,
     limits: Limits | None = None,
+    others: Iterable[CpuSpec] = (),
+    schedule: Schedule | None = None,
+    ipi: int | None = None,
 ) -> Guest:
     """A guest from {GPA: bytes}; segments whose GPA is in ``code`` (None: all) are executable, so code from the
     start."""
@@ -131,8 +134,12 @@ def guest(
         paging=Paging(None, tuple(maps)) if paging else None,
         policy=policy or Policy(code="load"),
         limits=limits or Limits(exits=200_000, seconds=60.0),
+        others=tuple(others),
+        schedule=schedule or Schedule(),
+        ipi=Ipi(ipi),
     )
-    return Guest(manifest, LoadedImage(loaded, entry, Symbols()), entry)
+    entries = tuple(other.entry for other in manifest.others)
+    return Guest(manifest, LoadedImage(loaded, entry, Symbols()), entry, entries)  # type: ignore[arg-type]
 
 
 def build(

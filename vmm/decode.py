@@ -170,9 +170,13 @@ def decode(code: bytes, bits: int) -> Decoded:
         and (far or loads_segment or _is_far(instruction)),
         changes_mappings=instruction.mnemonic in _MAPPING_CHANGERS
         or (instruction.op_count > 0 and Register.CR0 <= instruction.op_register(0) <= Register.CR15),
-        repeats=instruction.is_string_instruction and (instruction.has_rep_prefix or instruction.has_repne_prefix),
+        repeats=_repeats(instruction),
         correction=corrected(code, bits),
     )
+
+
+def _repeats(instruction: Instruction) -> bool:
+    return instruction.is_string_instruction and (instruction.has_rep_prefix or instruction.has_repne_prefix)
 
 
 def _is_far(instruction: Instruction) -> bool:
@@ -238,3 +242,8 @@ def disassemble(code: bytes, address: int, bits: int, *, limit: int) -> list[str
         bad = instruction.code == Code.INVALID
         lines.append("(bad)" if bad else _formatter.format(instruction))
     return lines
+
+
+def lengths(code: bytes, bits: int) -> tuple[tuple[int, bool], ...]:
+    """Of each instruction in ``code``: its length in bytes, and whether it is a REP string instruction."""
+    return tuple((instruction.len, _repeats(instruction)) for instruction in Decoder(bits, code, ip=0))

@@ -35,12 +35,24 @@ Json = dict[str, Any]
 
 @frozen(slots=True)
 class Record:
-    """What every record of a run has in common."""
+    """What every record of a run has in common.
+
+    ``vcpu`` is the number of the virtual processor that was at work, None on a machine that has only one.
+    """
 
     kind: ClassVar[str] = ""
 
+    vcpu: int | None = field(default=None, kw_only=True, repr=False)
+
     def to_json(self) -> Json:
         """The object of this record's trace line, without its sequence number."""
+        out = self._fields()
+        if self.vcpu is not None:
+            out["vcpu"] = self.vcpu
+        return out
+
+    def _fields(self) -> Json:
+        """What records of this class have besides ``vcpu``."""
         raise NotImplementedError
 
 
@@ -53,18 +65,14 @@ class Exit(Record):
 
     rip: int
 
-    def to_json(self) -> Json:
-        """The exit's trace object: kind, reason, number, then the fields that this reason defines."""
+    def _fields(self) -> Json:
+        """Kind, reason, number, then the fields that this reason defines."""
         out: Json = {"kind": "exit", "reason": self.reason.name, "number": int(self.reason)}
-        for name in self.__attrs_attrs_names__():
-            value = getattr(self, name)
-            if value is not None:
-                out[name] = value
+        for attribute in self.__attrs_attrs__:
+            value = getattr(self, attribute.name)
+            if value is not None and attribute.name != "vcpu":
+                out[attribute.name] = value
         return out
-
-    @classmethod
-    def __attrs_attrs_names__(cls) -> tuple[str, ...]:
-        return tuple(a.name for a in cls.__attrs_attrs__)
 
 
 @frozen(slots=True)
@@ -213,8 +221,8 @@ class Modification(Record):
     aliases: tuple[int, ...] = ()
     blocks: tuple[int, ...] = ()
 
-    def to_json(self) -> Json:
-        """The modification's trace object; ``old`` and ``new`` as hexadecimal digits."""
+    def _fields(self) -> Json:
+        """The modification; ``old`` and ``new`` as hexadecimal digits."""
         return {
             "kind": "modification",
             "gpa": self.gpa,
@@ -243,9 +251,11 @@ class BlockEvent(Record):
     size: int
     mode: str
     cause: str
+    #: The vCPU whose block it is, None on a machine that has only one.
+    owner: int | None = None
 
-    def to_json(self) -> Json:
-        """The block event's trace object."""
+    def _fields(self) -> Json:
+        owner = {} if self.owner is None else {"owner": self.owner}
         return {
             "kind": "block",
             "event": self.event,
@@ -255,6 +265,7 @@ class BlockEvent(Record):
             "size": self.size,
             "mode": self.mode,
             "cause": self.cause,
+            **owner,
         }
 
 
@@ -269,8 +280,7 @@ class FrameEvent(Record):
     after: str
     cause: str
 
-    def to_json(self) -> Json:
-        """The transition's trace object."""
+    def _fields(self) -> Json:
         return {"kind": "frame", "gpa": self.gpa, "from": self.before, "to": self.after, "cause": self.cause}
 
 
@@ -289,8 +299,7 @@ class Injection(Record):
     error_code: int | None
     rip: int
 
-    def to_json(self) -> Json:
-        """The injection's trace object."""
+    def _fields(self) -> Json:
         return {
             "kind": "injection",
             "vector": self.vector,
@@ -310,6 +319,5 @@ class End(Record):
     rip: int
     detail: Json = field(factory=dict)
 
-    def to_json(self) -> Json:
-        """The end's trace object."""
+    def _fields(self) -> Json:
         return {"kind": "end", "reason": self.reason, "rip": self.rip, **self.detail}

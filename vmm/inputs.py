@@ -95,15 +95,16 @@ class Inject(Input):
 
 @frozen(slots=True)
 class Interrupt(Input):
-    """An external interrupt was raised: a ``vector`` of 0 to 255."""
+    """An external interrupt was raised at a vCPU: a ``vector`` of 0 to 255."""
 
     name: ClassVar[str] = "interrupt"
 
     vector: int
+    vcpu: int
 
     def apply(self, machine: Machine) -> None:
         """Raise it."""
-        machine.interrupt(self.vector)
+        machine.interrupt(self.vector, vcpu=self.vcpu)
 
 
 @frozen(slots=True)
@@ -166,16 +167,19 @@ class Seal(Input):
 
 @frozen(slots=True)
 class SetRegisters(Input):
-    """A handler or an acting observer left these registers with new values, by their names in a state file."""
+    """A handler or an acting observer left registers of a vCPU with new values, by their names in a state file."""
 
     name: ClassVar[str] = "registers"
 
+    vcpu: int
     values: dict[str, int]
 
     def apply(self, machine: Machine) -> None:
         """Set them."""
+        if self.vcpu >= len(machine.vcpus):
+            raise OptionError(f"vCPU {self.vcpu}", where="registers", fix="name one that there is")
         for name, value in self.values.items():
-            machine.vcpu.context.set_register(name, value)
+            machine.vcpus[self.vcpu].context.set_register(name, value)
 
 
 @frozen(slots=True)
@@ -203,8 +207,8 @@ class Inputs:
         self.listener: Listener | None = None
         #: In a replay, where the values of IN come from.
         self.source: PortSource | None = None
-        #: The registers that a handler may change.
-        self.context: Context | None = None
+        #: The registers that a handler may change: those of each vCPU.
+        self.contexts: list[Context] = []
         self._depth = 0
 
     def note(self, given: Input) -> None:
@@ -237,17 +241,16 @@ class Inputs:
         """A handler has decided about the exit that is under way."""
         self.note(Decision(decision if isinstance(decision, Event) else None))
 
-    def registers(self) -> bytes | None:
-        """The registers before somebody may change them, for ``registers_after``; None if nobody wants to know."""
-        return None if self.listener is None or self.context is None else self.context.snapshot()
+    def registers(self) -> list[bytes]:
+        """The registers before somebody may change them, for ``registers_after``; empty if nobody wants to know."""
+        return [] if self.listener is None else [context.snapshot() for context in self.contexts]
 
-    def registers_after(self, before: bytes | None) -> None:
+    def registers_after(self, before: list[bytes]) -> None:
         """Note which registers were changed since ``registers``."""
-        if before is None or self.context is None or self.context.snapshot() == before:
-            return
-        changed = self.context.changed_since(before)
-        if changed:
-            self.note(SetRegisters(changed))
+        for vcpu, old in enumerate(before):
+            changed = self.contexts[vcpu].changed_since(old)
+            if changed:
+                self.note(SetRegisters(vcpu, changed))
 
 
 # Trace lines

@@ -8,14 +8,14 @@ from typing import Final, Self
 
 from attrs import frozen
 
-from vmm.cpu.defects import block_is_affected
+from vmm.block_events import BlockEvents, reporting
 from vmm.cpu.events import Event, EventType
-from vmm.devices import ConsolePort, DebugExit, PortBus
+from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus
 from vmm.devices.from_manifest import attach_inputs
 from vmm.ept import ExtendedPageTables, Permission
 from vmm.ept.tables import GPA_LIMIT
-from vmm.errors import AuditError, OptionError
-from vmm.exits import BlockEvent, End, FrameEvent, Record
+from vmm.errors import OptionError
+from vmm.exits import End, FrameEvent, Record
 from vmm.guest import boot
 from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest, load_guest
@@ -24,9 +24,12 @@ from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.processor import Processor
 from vmm.reporter import E, Handler, Observer, Reporter
 from vmm.run_loop import RunLoop
-from vmm.translation import Auditor, Block, BlockCache, Span
+from vmm.run_state import RunState
+from vmm.scheduler import Scheduler
+from vmm.translation import BlockCache
 from vmm.translation.cache import DEFAULT_CAPACITY
 from vmm.trap.door import Door
 from vmm.trap.frames import RW, FrameControl, verify_frame
@@ -42,8 +45,9 @@ class RunOptions:
     ``audit`` checks the bytes of every block at every entry (slow). ``check`` verifies the rules of the trap after
     every transition. ``single_step`` executes everything on the stepping engine, one instruction at a time, as an
     oracle for the rest. ``block_events`` has every block event reported. ``capacity`` is that of the block cache, in
-    blocks. ``seconds`` overrides the manifest's wall-clock limit. ``input`` is what the guest reads at its input
-    port instead of the manifest's file, ``time`` what its clock shows, in nanoseconds since 1970.
+    blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its schedule. ``input`` is
+    what the guest reads at its input port instead of the manifest's file, ``time`` what its clock shows, in nanoseconds
+    since 1970.
     """
 
     audit: bool = False
@@ -52,12 +56,13 @@ class RunOptions:
     block_events: bool = False
     capacity: int = DEFAULT_CAPACITY
     seconds: float | None = None
+    seed: int | None = None
     input: bytes | None = None
     time: int | None = None
 
 
 class Machine:
-    """A guest on a virtual machine with one vCPU.
+    """A guest on a virtual machine, with one vCPU or several that share memory, EPT and block cache.
 
     Make one with ``from_manifest``, add observers and handlers, then ``run``. Guest-physical memory is read with
     ``read`` and changed with ``write``, which goes through the same door as the guest's own stores.
@@ -78,30 +83,27 @@ class Machine:
         self.ept: Final = ExtendedPageTables()
         self.blocks: Final = BlockCache(self._forget, capacity=self.options.capacity)
         self.door: Final = Door(self.memory, self.frames, self.blocks, self.reporter)
-        self.instruction_exits: Final = InstructionExits(self.ports, self.reporter)
-        self.vcpu: Final = VirtualCpu(
-            self.memory, self.ept, self.frames, self.blocks, self.instruction_exits, audit=self.options.audit
-        )
-        self.instruction_exits.instruction = self.vcpu.instruction
-        self.inputs.context = self.vcpu.context
+        self._several = len(state.cpus) > 1
+        self._exits: Final[list[InstructionExits]] = []
         self.control: Final = FrameControl(
             self.ept,
             self.frames,
             self.blocks,
-            flush=self.vcpu.free.flush_tlb,
-            window_closed=lambda frame: self.door.journal_window(frame, self.vcpu.mmu),
+            flush=self._flush,
+            window_closed=lambda frame: self.door.journal_window(frame, self._current.mmu),
             reporter=self.reporter,
             check=self.options.check,
         )
+        self.state: Final = RunState(self.reporter, self._stop_engines)
+        #: The vCPUs, by number.
+        self.vcpus: Final = [self._make_vcpu(number) for number in range(len(state.cpus))]
+        self.inputs.contexts = [vcpu.context for vcpu in self.vcpus]
         self.loop: Final = self._make_loop()
-        self.instruction_exits.inject = self.loop.pending.append
         #: How the run ended, once it has.
         self.end: End | None = None
-        self.auditor: Final = Auditor(self.blocks, self.memory.read)
-        self.vcpu.free.on_translate = self._translated
-        self.vcpu.free.on_entry = self._entered
+        self._events: Final = [self._hear(processor) for processor in self.loop.processors]
         if self.options.block_events:
-            self.blocks.observer = self._report_block
+            self.blocks.observer = reporting(self.frames, self.reporter, several=self._several)
         self.console: Final = ConsolePort(self._print)
         self._printers: list[Callable[[bytes], None]] = []
         self._attach_devices()
@@ -124,7 +126,7 @@ class Machine:
         ``check``), ``GuestError`` where a documented deviation from hardware stops the guest, and whatever a handler
         raises.
         """
-        if not self.vcpu.free.open:
+        if not self._current.free.open:
             raise OptionError("the machine is closed", where="run", fix="make a new one from the same guest")
         limits = self.guest.manifest.limits
         seconds = limits.seconds if self.options.seconds is None else self.options.seconds
@@ -140,7 +142,8 @@ class Machine:
 
         Registers, memory and counters can still be read. ``with`` closes at its end.
         """
-        self.vcpu.close()
+        for vcpu in self.vcpus:
+            vcpu.close()
 
     def __enter__(self) -> Self:
         return self
@@ -150,19 +153,21 @@ class Machine:
 
     def where(self) -> str:
         """Where the guest is, in a line: address, symbol, mode, ring."""
-        context = self.vcpu.context
+        context = self._current.context
         label = self.guest.image.symbols.label(context.pc)
-        return f"guest at {context.pc:#x}{f' ({label})' if label else ''}, {context.mode} mode, ring {context.cpl}"
+        which = f", vCPU {self._current.number}" if self._several else ""
+        place = f"{context.pc:#x}{f' ({label})' if label else ''}"
+        return f"guest at {place}, {context.mode} mode, ring {context.cpl}{which}"
 
     def stop(self) -> None:
         """End the run at this boundary, for handlers and observers: what an EPT violation refused stays undone."""
         self.inputs.note(Stop())
         self.reporter.stopped = True
-        self.loop.finish("stopped", {})
+        self.state.finish("stopped", {})
 
     def break_in(self) -> None:
         """End the run from another thread or a signal handler, at once; the machine cannot go on afterwards."""
-        self.loop.break_in()
+        self.state.break_in()
 
     # Watching and acting
 
@@ -195,26 +200,34 @@ class Machine:
         self._printers.append(printer)
 
     def inject(self, event: Event) -> None:
-        """Deliver an event at the next VM entry, whatever the guest's interrupt flag (event injection)."""
+        """Deliver an event at the next VM entry of the vCPU at work, whatever its interrupt flag (event injection)."""
         self.inputs.note(Inject(event))
-        self.loop.pending.append(event)
+        self.loop.current.pending.append(event)
 
-    def interrupt(self, vector: int) -> None:
-        """Raise an external interrupt: delivered when RFLAGS.IF and the interrupt shadow allow it.
+    def interrupt(self, vector: int, *, vcpu: int = 0) -> None:
+        """Raise an external interrupt: delivered when RFLAGS.IF and the interrupt shadow of the vCPU allow it.
 
-        ``vector`` is 0 to 255; raises ``OptionError`` for others.
+        ``vector`` is 0 to 255; raises ``OptionError`` for others, and for a vCPU that there is not.
         """
+        if not 0 <= vcpu < len(self.vcpus):
+            fix = f"there are {len(self.vcpus)}, counted from 0"
+            raise OptionError(f"vCPU {vcpu}", where="interrupt", fix=fix)
         event = Event(vector, EventType.EXTERNAL_INTERRUPT)
-        self.inputs.note(Interrupt(vector))
-        self.loop.interrupts.append(event.vector)
+        self.inputs.note(Interrupt(vector, vcpu))
+        self._raise_interrupt(event.vector, vcpu)
 
     def answer(self, value: int) -> None:
-        """Have the IN whose exit is being reported read ``value``, cut to its size, whatever its device says."""
+        """Let the IN whose exit is being reported read ``value``, cut to its size."""
         self.inputs.note(Answer(value))
-        self.instruction_exits.override = value
+        self._exits[self._current.number].override = value
+
+    @property
+    def vcpu(self) -> VirtualCpu:
+        """The first vCPU: the only one of most guests."""
+        return self.vcpus[0]
 
     def register(self, name: str) -> int:
-        """A register by its name in a state file; raises ``KeyError`` for an unknown one."""
+        """A register of the first vCPU by its name in a state file; raises ``KeyError`` for an unknown one."""
         return self.vcpu.context.registers()[name]
 
     # Guest-physical memory
@@ -229,10 +242,11 @@ class Machine:
         self._refuse_sealed(places, "write")
         pieces = [(hpa, where, data[where - gpa : where - gpa + length]) for hpa, where, length in places]
         with self.inputs.during(Write(gpa, data)):
-            self.door.write(pieces, cause="host", mmu=self.vcpu.mmu)
+            self.door.write(pieces, cause="host", mmu=self._current.mmu)
             if any(hpa >= self._ram_size for hpa, _, _ in places):
-                self.vcpu.mmu.tables_changed()
-                self.vcpu.free.flush_tlb()
+                for vcpu in self.vcpus:
+                    vcpu.mmu.tables_changed()
+                self._flush()
 
     def alias(self, gpa: int, target: int, size: int) -> None:
         """Make ``size`` bytes of GPAs reach the frames of other GPAs (all multiples of 4096).
@@ -247,8 +261,9 @@ class Machine:
         with self.inputs.during(Alias(gpa, target, size)):
             for host, where, _ in places:
                 self._map(gpa + where - target, self.frames.at(host))
-            self.vcpu.mmu.frames_changed()
-            self.vcpu.free.flush_tlb()
+            for vcpu in self.vcpus:
+                vcpu.mmu.frames_changed()
+            self._flush()
 
     def protect(self, gpa: int, size: int, access: Permission) -> None:
         """Change what the EPT allows for whole pages until the next change of their frame's state.
@@ -264,7 +279,7 @@ class Machine:
         with self.inputs.during(Protect(gpa, size, access)):
             for hpa, where, _ in places:
                 self.control.protect(self.frames.at(hpa), access, where & -PAGE)
-            self.vcpu.free.flush_tlb()
+            self._flush()
 
     def seal(self, gpa: int, size: int) -> None:
         """Make code final: every later store to these frames is refused, through whichever alias, for good."""
@@ -274,6 +289,11 @@ class Machine:
                 frame = self.frames.at(hpa)
                 if frame.state is not FrameState.SEALED:
                     self.control.move(frame, FrameState.SEALED, "seal")
+
+    @property
+    def audited(self) -> int:
+        """Block entries that the auditor has checked."""
+        return sum(events.auditor.entries for events in self._events)
 
     def verify(self) -> None:
         """Check the rules of the trap for every frame; raises ``InvariantError``."""
@@ -304,8 +324,28 @@ class Machine:
 
     # Putting it together
 
+    def _make_vcpu(self, number: int) -> VirtualCpu:
+        exits = InstructionExits(self.ports, self.reporter)
+        vcpu = VirtualCpu(
+            self.memory,
+            self.ept,
+            self.frames,
+            self.blocks,
+            exits,
+            number=number,
+            hears_entries=self.options.audit or self._several,
+        )
+        exits.instruction = vcpu.instruction
+        self._exits.append(exits)
+        return vcpu
+
     def _make_loop(self) -> RunLoop:
-        vcpu, policy = self.vcpu, self.guest.manifest.policy
+        seed = self.guest.manifest.schedule.seed if self.options.seed is None else self.options.seed
+        scheduler = Scheduler(seed, self.guest.manifest.schedule.quantum)
+        return RunLoop([self._make_processor(vcpu) for vcpu in self.vcpus], scheduler, self.state, self.reporter)
+
+    def _make_processor(self, vcpu: VirtualCpu) -> Processor:
+        policy = self.guest.manifest.policy
         guard = StepGuard(self.memory, self.frames, self.control, self.door, vcpu)
         trap = Trap(
             TrapPolicy(policy.reads, policy.writes),
@@ -319,14 +359,27 @@ class Machine:
             self.reporter,
         )
         linear = GuestLinearMemory(self.memory, self.ept, vcpu.mmu, self.door, vcpu.context)
-        return RunLoop(vcpu, trap, self.blocks, self.reporter, linear, self.options.single_step)
+        processor = Processor(vcpu, trap, self.blocks, self.reporter, linear, self.state, self.options.single_step)
+        self._exits[vcpu.number].inject = processor.pending.append
+        return processor
+
+    def _hear(self, processor: Processor) -> BlockEvents:
+        return BlockEvents(
+            processor.vcpu, self.memory, self.blocks, processor.step_over, audit=self.options.audit
+        )
+
+    def _raise_interrupt(self, vector: int, vcpu: int) -> None:
+        self.loop.processors[vcpu].interrupts.append(vector)
 
     def _attach_devices(self) -> None:
         manifest = self.guest.manifest
         self.ports.attach(self.console, manifest.console.port, inside=True)
         if manifest.end.port is not None:
-            ended = DebugExit(lambda port, value: self.loop.finish("port", {"port": port, "value": value}))
+            ended = DebugExit(lambda port, value: self.state.finish("port", {"port": port, "value": value}))
             self.ports.attach(ended, manifest.end.port, inside=True)
+        if manifest.ipi.port is not None:
+            ipi = InterprocessorPort(len(self.vcpus), lambda: self._current.number, self._raise_interrupt)
+            self.ports.attach(ipi, manifest.ipi.port, inside=True)
         attach_inputs(self.ports, manifest, data=self.options.input, time=self.options.time)
 
     def _load(self, state: BootState) -> None:
@@ -339,12 +392,15 @@ class Machine:
         self.memory.write(state.memory, system.data)
         for gpa in state.code_frames:
             self.control.move(self.frames.at(gpa), FrameState.CODE, "image")
-        self.vcpu.reset_to(state)
+        for vcpu in self.vcpus:
+            vcpu.reset_to(state)
         paging = self.guest.manifest.paging
         if paging is not None and system.data:
             for offset in range(PAGE, len(system.data), PAGE):
                 self.ept.protect(system.gpa + offset, Permission.R)
-            self.vcpu.mmu.fix_tables(state.cr3, [(m.gva, m.gpa, m.length) for m in paging.effective(state.memory)])
+            mappings = [(m.gva, m.gpa, m.length) for m in paging.effective(state.memory)]
+            for vcpu in self.vcpus:
+                vcpu.mmu.fix_tables(state.cr3, mappings)
 
     def _first_gpa(self, hpa: int) -> int:
         return hpa if hpa < self._ram_size else hpa - self._ram_size + self._system_gpa
@@ -359,55 +415,26 @@ class Machine:
         frame.gpas.append(gpa)
         self.ept.map(gpa, frame.hpa, self.control.permissions(frame))
 
+    @property
+    def _current(self) -> VirtualCpu:
+        """The vCPU at work."""
+        return self.loop.current.vcpu
+
     def _forget(self, hpa: int, size: int) -> None:
-        self.vcpu.free.forget(hpa, size)
+        for vcpu in self.vcpus:
+            vcpu.free.forget(hpa, size)
+
+    def _flush(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.free.flush_tlb()
+
+    def _stop_engines(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.free.ask_to_stop()
 
     def _print(self, data: bytes) -> None:
         for printer in self._printers:
             printer(data)
-
-    # What the free-running engine tells
-
-    def _translated(self, gva: int, size: int) -> None:
-        """The engine has translated a block and is about to enter it."""
-        spans = self._spans(gva, size)
-        mode_flags, mode = self.vcpu.free.live.mode()
-        code = b"".join([self.memory.read(address, length) for address, length in spans])
-        block = self.blocks.create(gva, spans, mode_flags, mode, code)
-        if self.blocks.overfull or not self.blocks.holds(block):
-            self.vcpu.free.ask_to_stop()
-        if block_is_affected(code, 64 if mode == "long" else 32):
-            self.loop.step_over(spans)
-            self.vcpu.free.ask_to_stop()
-
-    def _entered(self, gva: int, size: int) -> None:
-        """The engine enters a block (with ``audit``)."""
-        mode_flags, _ = self.vcpu.free.live.mode()
-        self.auditor.enter(gva, self._spans(gva, size)[0][0], mode_flags)
-
-    def _spans(self, gva: int, size: int) -> tuple[Span, ...]:
-        """Where the bytes of a block lie, by the pages that the engine fetched them from."""
-        first = self.vcpu.mmu.fetch_host(gva)
-        if first is not None and first % PAGE + size <= PAGE:
-            return ((first, size),)
-        spans = []
-        done = 0
-        while done < size:
-            host = self.vcpu.mmu.fetch_host(gva + done)
-            if host is None:
-                raise AuditError(f"the engine translated code at {gva + done:#x} that it was never given")
-            length = min(size - done, PAGE - host % PAGE)
-            spans.append((host, length))
-            done += length
-        return tuple(spans)
-
-    def _report_block(self, event: str, block: Block, cause: str) -> None:
-        if self.reporter.observed:
-            frame = self.frames.at(block.hpa)
-            gpa = frame.gpas[0] + block.hpa % PAGE
-            self.reporter.emit(
-                BlockEvent(event, block.number, gpa, block.gva, block.size, block.mode, cause)
-            )
 
 
 __all__ = ["FrameEvent", "Machine", "Record", "RunOptions"]

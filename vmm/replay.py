@@ -57,6 +57,7 @@ def machine_for(header: Header, guest: Guest, *, seconds: float | None = None) -
         single_step=header.single_step,
         block_events=header.blocks,
         capacity=header.capacity,
+        seed=header.seed,
         seconds=seconds,
     )
     machine = Machine(evolve(guest, manifest=manifest), options)

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+from attrs import evolve
+
 from vmm.cpu.events import Event
 from vmm.errors import OptionError
 from vmm.exits import EptMisconfiguration, EptViolation, ExceptionExit, Exit, ExitReason, Record, Vmcall
@@ -35,6 +37,8 @@ class Reporter:
         self.over_budget = False
         #: Whether the host has ended the run: an access that is due at an exit is not let through any more.
         self.stopped = False
+        #: The vCPU at work, which records are to name; None on a machine that has only one.
+        self.vcpu: int | None = None
         self._inputs = inputs
         self._observers: list[Observer] = []
         self._handlers: dict[type[Exit], list[Handler[Any]]] = {}
@@ -59,6 +63,8 @@ class Reporter:
 
     def emit(self, record: Record) -> None:
         """Show a record to the observers."""
+        if self.vcpu is not None:
+            record = evolve(record, vcpu=self.vcpu)
         for observer in self._observers:
             observer(record)
 
@@ -67,16 +73,22 @@ class Reporter:
 
         Raises ``OptionError`` for a decision that this exit does not leave to handlers.
         """
+        if self.vcpu is not None:
+            record = evolve(record, vcpu=self.vcpu)
         if not self.interactive:
-            self.emit(record)
+            self._show(record)
             return None
         before = self._inputs.registers()
-        self.emit(record)
+        self._show(record)
         decision = self._decision(record)
         self._inputs.registers_after(before)
         if decision is not None:
             self._inputs.decided(decision)
         return decision
+
+    def _show(self, record: Record) -> None:
+        for observer in self._observers:
+            observer(record)
 
     def _decision(self, record: Exit) -> Event | bool | None:
         for handler in self._handlers.get(type(record), ()):

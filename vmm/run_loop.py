@@ -1,329 +1,51 @@
-"""The run loop: enter the guest, see why it came out, answer, go on."""
+"""The run loop: let the vCPUs take turns until the run is over."""
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
-from attrs import define, field
-
-from vmm import exits
-from vmm.cpu import layout
-from vmm.cpu.delivery import TripleFault, deliver
-from vmm.cpu.engine import FETCH, READ, Stop
-from vmm.cpu.events import Event, EventType, Vector
-from vmm.cpu.state import LinearMemory
-from vmm.cpu.syscall import syscall
-from vmm.exits import End, ExitReason, Json
-from vmm.memory import PAGE
-from vmm.mmu import GuestFault, Misconfiguration, NonCanonical, UnmappedStructure, Violation
-from vmm.paging.access import ErrorCode
+from vmm.exits import End
+from vmm.processor import Processor
 from vmm.reporter import Reporter
-from vmm.translation import BlockCache, Span
-from vmm.trap.policy import Trap, UnmappedAccess
-from vmm.vcpu import VirtualCpu
-
-_UNDEFINED: Final = Event(Vector.UD, EventType.HARDWARE_EXCEPTION)
-_RFLAGS_IF: Final = 1 << 9
-_VMCALL: Final = b"\x0f\x01\xc1"
+from vmm.run_state import RunState
+from vmm.scheduler import Scheduler
 
 
-@define(slots=True)
 class RunLoop:
-    """Runs one vCPU to the end of its guest.
+    """Runs all vCPUs of a machine: the only one without interruption, several by turns that ``scheduler`` draws."""
 
-    Everything that the guest can do comes out of the engines as a ``Stop``; everything that the host wants comes
-    in through ``pending`` (events to inject), ``interrupts`` (external interrupts) and ``finish``.
-    """
-
-    vcpu: VirtualCpu
-    trap: Trap
-    blocks: BlockCache
-    reporter: Reporter
-    linear: LinearMemory
-    single_step: bool
-    pending: deque[Event] = field(factory=deque)
-    interrupts: deque[int] = field(factory=deque)
-    _ending: tuple[str, Json] | None = None
-    _interrupted: bool = False
-    _time_is_up: bool = False
-    _must_stop: bool = False
-    _stepped_block: tuple[Span, ...] = ()
+    def __init__(
+        self, processors: list[Processor], scheduler: Scheduler, state: RunState, reporter: Reporter
+    ) -> None:
+        self.processors: Final = processors
+        #: The one at work.
+        self.current = processors[0]
+        self._scheduler = scheduler
+        self._state = state
+        self._reporter = reporter
 
     def run(self, seconds: float) -> End:
         """Run to the end; ``seconds`` is the wall-clock limit. Raises ``GuestError`` if the VMM has to give up."""
-        with self._watchdog(seconds):
-            while self._ending is None:
-                if self.pending or self.interrupts:
-                    self._deliver_what_is_due()
-                if self._ending is None:
-                    self._answer(self._enter())
-                if self._must_stop or self.reporter.over_budget:
-                    self._give_up(seconds)
-        self.trap.close_windows()
-        reason, detail = self._ending
-        end = End(reason, self.vcpu.context.rip, detail)
-        self.reporter.emit(end)
+        take_turn = self._take_turn if len(self.processors) > 1 else self._run_only
+        with self._state.time_limit(seconds):
+            while not self._state.is_over:
+                take_turn()
+        reason, detail = self._state.settle(seconds)
+        self.current.trap.close_windows()
+        end = End(reason, self.current.vcpu.context.rip, detail)
+        self._reporter.emit(end)
         return end
 
-    def finish(self, reason: str, detail: Json) -> None:
-        """End the run at this boundary; the first reason counts."""
-        if self._ending is None:
-            self._ending = (reason, detail)
+    def _run_only(self) -> None:
+        self.current.take_turn(None)
+        if not self.current.ready:
+            self._state.finish("halt", {})
 
-    def break_in(self) -> None:
-        """End the run from another thread or a signal handler. The machine cannot go on afterwards."""
-        self._must_stop = self._interrupted = True
-        self.vcpu.free.ask_to_stop()
-
-    def _give_up(self, seconds: float) -> None:
-        if self._interrupted:
-            self.finish("interrupted", {})
-        elif self._time_is_up:
-            self.finish("time", {"limit": seconds})
-        else:
-            self.finish("exits", {"limit": self.reporter.limit})
-
-    def _end_of_time(self) -> None:
-        self._must_stop = self._time_is_up = True
-        self.vcpu.free.ask_to_stop()
-
-    @contextmanager
-    def _watchdog(self, seconds: float) -> Iterator[None]:
-        """Break into the guest when its time is over, even if it loops without an exit."""
-        timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), self._end_of_time)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-    # Entering
-
-    def _enter(self) -> Stop | Event | None:
-        """VM entry: let the guest execute, freely or one instruction, until it comes out."""
-        if self.single_step or self.interrupts or self.vcpu.instruction.held is not None:
-            return self._step()
-        return self.vcpu.run()
-
-    def _step(self) -> Stop | Event | None:
-        """Execute exactly one instruction; None if it completed."""
-        context = self.vcpu.context
-        decoded = self.vcpu.instruction.decoded
-        control = (context.cr0, context.cr3, context.cr4)
-        try:
-            outcome = self.trap.step()
-        except UnmappedAccess as problem:
-            self._unmapped(problem.violation)
-            return None
-        if outcome is None and decoded.is_hlt:
-            return Stop.HALT
-        if decoded.changes_mappings or control != (context.cr0, context.cr3, context.cr4):
-            self.vcpu.free.flush_tlb()
-        return outcome
-
-    def step_over(self, spans: tuple[Span, ...]) -> None:
-        """Have the block that is about to be entered stepped instead of executed freely, each time."""
-        self._stepped_block = spans
-
-    def _step_block(self) -> Stop | Event | None:
-        """Step until the guest leaves a block that the engine would execute wrongly; the block is forgotten."""
-        spans, self._stepped_block = self._stepped_block, ()
-        for address, size in spans:
-            self.blocks.evict(address, size, "engine defect")
-        outcome = None
-        while outcome is None and not self._is_wanted_outside:
-            outcome = self._step()
-            here = self.vcpu.mmu.peek(self.vcpu.context.pc)
-            if here is None or not any(address <= here < address + size for address, size in spans):
-                break
-        return outcome
-
-    @property
-    def _is_wanted_outside(self) -> bool:
-        """Whether the run loop has something to do before the next instruction."""
-        at_limit = self._must_stop or self.reporter.over_budget
-        return at_limit or self._ending is not None or bool(self.pending or self.interrupts)
-
-    def _deliver_what_is_due(self) -> None:
-        """Inject pending events, then an external interrupt if the guest takes one at this boundary."""
-        if self.pending:
-            self._deliver(self.pending.popleft())
-        elif self.interrupts and self._interruptible:
-            vector = self.interrupts.popleft()
-            self.reporter.count(ExitReason.EXTERNAL_INTERRUPT)
-            if self.reporter.observed:
-                self.reporter.exit(exits.ExternalInterrupt(rip=self.vcpu.context.pc, vector=vector))
-            self._deliver(Event(vector, EventType.EXTERNAL_INTERRUPT))
-
-    @property
-    def _interruptible(self) -> bool:
-        context = self.vcpu.context
-        return bool(context.rflags & _RFLAGS_IF) and not context.in_shadow
-
-    # Answering
-
-    def _answer(self, stop: Stop | Event | None) -> None:
-        match stop:
-            case Stop.REFUSED:
-                self._refused()
-            case None | Stop.STEPPED:
-                pass
-            case Event():
-                self._raise(stop)
-            case Stop.INTERRUPT:
-                self._raise(self.vcpu.exception())
-            case Stop.INVALID:
-                self._invalid()
-            case Stop.SYSCALL:
-                self._syscall()
-            case Stop.SYSENTER:
-                self._raise(_UNDEFINED)
-            case Stop.HALT:
-                self._halt()
-            case Stop.EXACT:
-                self._answer(self._step())
-            case Stop.ASKED:
-                self.blocks.trim()
-                if self._stepped_block:
-                    self._answer(self._step_block())
-
-    def _refused(self) -> None:
-        """A TLB fill was refused: by the guest's page tables, or by the EPT."""
-        refusal = self.vcpu.mmu.refusal
-        match refusal:
-            case Violation():
-                try:
-                    self._answer(self.trap.answer(refusal))
-                except UnmappedAccess as problem:
-                    self._unmapped(problem.violation)
-            case (GuestFault() | NonCanonical()) if self._is_early(refusal.page, refusal.access):
-                self._answer(self._step())
-            case (GuestFault() | NonCanonical()) if refusal.access != FETCH and self._is_undefined():
-                self._raise(_UNDEFINED)
-            case GuestFault():
-                self._raise(self._page_fault(refusal))
-            case NonCanonical():
-                stack = refusal.access != FETCH and self.vcpu.instruction.uses_stack(refusal.page)
-                vector = Vector.SS if stack else Vector.GP
-                self._raise(Event(vector, EventType.HARDWARE_EXCEPTION, 0))
-            case Misconfiguration():
-                self._misconfigured(refusal)
-            case None:
-                raise AssertionError("a fill was refused without a reason")
-
-    def _page_fault(self, refusal: GuestFault) -> Event:
-        """The #PF that is due; the engine loads before it stores, but a read-modify-write is a write."""
-        instruction, error_code = self.vcpu.instruction, refusal.error_code
-        address = instruction.faulting_address(refusal.page, refusal.access)
-        if refusal.access == READ and instruction.modifies(address):
-            error_code |= ErrorCode.WRITE
-        return Event(Vector.PF, EventType.HARDWARE_EXCEPTION, error_code, cr2=address)
-
-    def _is_undefined(self) -> bool:
-        """Whether the current instruction is none: the engine loads an operand before it finds out."""
-        return not self.vcpu.instruction.decoded.length
-
-    def _is_early(self, page: int, access: int) -> bool:
-        """Whether a fetch fault may come too early (quirk "early-fetch").
-
-        The engine translates a block over the end of a page before it executes the instructions in front of it.
-        A step fetches no more than its own instruction.
-        """
-        return access == FETCH and page != self.vcpu.context.pc & -PAGE and not self.vcpu.stepped
-
-    def _raise(self, event: Event) -> None:
-        """An exception or software interrupt of the guest: a VM exit, then its delivery."""
-        if event.type is EventType.SOFTWARE_INTERRUPT:
-            self._deliver(event)
+    def _take_turn(self) -> None:
+        ready = [number for number, processor in enumerate(self.processors) if processor.ready]
+        if not ready:
+            self._state.finish("halt", {})
             return
-        self.reporter.count(ExitReason.EXCEPTION_OR_NMI)
-        decision: Event | bool | None = None
-        if self.reporter.observed:
-            decision = self.reporter.exit(
-                exits.ExceptionExit(
-                    rip=self.vcpu.context.pc,
-                    vector=int(event.vector),
-                    error_code=event.error_code,
-                    address=event.cr2,
-                )
-            )
-        if decision is not True:
-            self._deliver(decision if isinstance(decision, Event) else event)
-
-    def _deliver(self, event: Event) -> None:
-        context = self.vcpu.context
-        try:
-            delivered = deliver(context, self.linear, event)
-        except TripleFault:
-            self.reporter.count(ExitReason.TRIPLE_FAULT)
-            if self.reporter.observed:
-                self.reporter.exit(exits.TripleFault(rip=context.pc))
-            self.finish("triple fault", {"vector": int(event.vector)})
-            return
-        except UnmappedStructure as problem:
-            self.finish("unmapped memory", {"gpa": problem.gpa, "gva": problem.linear})
-            return
-        context.end_shadow()
-        if self.reporter.observed:
-            done = delivered.event
-            name = done.type.name.lower().replace("_", " ")
-            self.reporter.emit(exits.Injection(int(done.vector), name, done.error_code, context.pc))
-
-    def _invalid(self) -> None:
-        """#UD, or an instruction that this engine reports as invalid but the processor knows."""
-        context = self.vcpu.context
-        code = self.vcpu.instruction.code
-        if code.startswith(_VMCALL):
-            self.reporter.count(ExitReason.VMCALL)
-            if self.reporter.observed:
-                decision = self.reporter.exit(exits.Vmcall(rip=context.pc, rax=context.gprs[0]))
-                if isinstance(decision, Event):
-                    self._deliver(decision)
-                    return
-            context.rip += len(_VMCALL)
-        elif (decoded := self.vcpu.instruction.decoded).is_int1:
-            context.end_resume()
-            self._raise(Event(Vector.DB, EventType.PRIVILEGED_SOFTWARE_EXCEPTION, length=decoded.length))
-        else:
-            self._raise(_UNDEFINED)
-
-    def _syscall(self) -> None:
-        context = self.vcpu.context
-        undefined = syscall(
-            context,
-            star=context.syscall_msr(layout.STAR),
-            lstar=context.syscall_msr(layout.LSTAR),
-            fmask=context.syscall_msr(layout.FMASK),
-        )
-        if undefined is not None:
-            self._raise(undefined)
-
-    def _halt(self) -> None:
-        """HLT: wait for an interrupt; with none to come, the run is over."""
-        context = self.vcpu.context
-        self.reporter.count(ExitReason.HLT)
-        if self.reporter.observed:
-            self.reporter.exit(exits.Hlt(rip=context.pc - 1))
-        context.end_shadow()
-        wakes = self.pending or (self.interrupts and context.rflags & _RFLAGS_IF)
-        if not wakes:
-            self.finish("halt", {})
-
-    def _misconfigured(self, refusal: Misconfiguration) -> None:
-        """The host has set up the EPT wrongly; only a handler can mend that."""
-        self.reporter.count(ExitReason.EPT_MISCONFIGURATION)
-        decision: Event | bool | None = None
-        if self.reporter.observed:
-            decision = self.reporter.exit(exits.EptMisconfiguration(rip=self.vcpu.context.pc, gpa=refusal.gpa))
-        if isinstance(decision, Event):
-            self._deliver(decision)
-        elif decision is None:
-            self.finish("EPT misconfiguration", {"gpa": refusal.gpa})
-
-    def _unmapped(self, violation: Violation) -> None:
-        self.finish("unmapped memory", {"gpa": violation.gpa, "gva": violation.page})
+        number, instructions = self._scheduler.draw(ready)
+        self.current, self._reporter.vcpu = self.processors[number], number
+        self.current.take_turn(instructions)

@@ -54,9 +54,16 @@ def state_of(machine: Machine, end: End, ranges: Iterable[MemoryRange] = ()) -> 
         "schema": SCHEMA,
         "end": {"reason": end.reason, **end.detail},
         "registers": machine.vcpu.context.registers(),
+        **_of_several(machine),
         "hashes": [_hash(machine, wanted) for wanted in ranges],
         "counters": counters_of(machine),
     }
+
+
+def _of_several(machine: Machine) -> Json:
+    """The registers of all vCPUs, where there are several."""
+    several = len(machine.vcpus) > 1
+    return {"vcpus": [vcpu.context.registers() for vcpu in machine.vcpus]} if several else {}
 
 
 def counters_of(machine: Machine) -> Json:
@@ -77,11 +84,11 @@ def counters_of(machine: Machine) -> Json:
 
 
 def state_hash(machine: Machine) -> Json:
-    """Digests of the final state: of its registers, RAM and console output, and of these three together.
+    """Digests of the final state: of all vCPUs' registers, RAM and console output, and of these three together.
 
     ``docs/formats.md`` says what exactly is hashed.
     """
-    registers = json.dumps([machine.vcpu.context.registers()]).encode("ascii")
+    registers = json.dumps([vcpu.context.registers() for vcpu in machine.vcpus]).encode("ascii")
     ram = machine.memory.bytes[: machine.guest.manifest.machine.memory]
     parts = [hashlib.sha256(data) for data in (registers, ram, machine.console.output)]
     whole = hashlib.sha256(b"".join(part.digest() for part in parts))

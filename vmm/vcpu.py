@@ -18,6 +18,7 @@ from vmm.guest.boot import BootState
 from vmm.memory import GuestMemory
 from vmm.memory.frames import Frames
 from vmm.mmu import CurrentInstruction, Mmu, StepMemory
+from vmm.pace import Pace
 from vmm.translation import BlockCache
 
 #: Vectors that push an error code (SDM vol. 3, table 6-1).
@@ -56,10 +57,12 @@ class VirtualCpu:
         blocks: BlockCache,
         platform: Platform,
         *,
-        audit: bool,
+        number: int,
+        hears_entries: bool,
     ) -> None:
+        self.number = number
         self._blocks = blocks
-        self.free = FreeRunningEngine(memory, audit=audit)
+        self.free = FreeRunningEngine(memory, hears_entries=hears_entries)
         self.stepping = SteppingEngine(memory)
         self.context = Context(self.free.handle)
         self.mmu = Mmu(memory, ept, frames, self.context)
@@ -71,14 +74,17 @@ class VirtualCpu:
         self.instruction = CurrentInstruction(self.context, self.mmu)
         self.step_memory = StepMemory(memory, frames, self.context, self.mmu, self.instruction)
         self.stepping.fill = self.step_memory.fills_of(self.stepping)
+        self.pace = Pace(self.free.ask_to_stop)
 
     def step(self) -> Stop:
         """Execute one instruction on the stepping engine."""
         self.stepped = True
-        flags = self.context.raw_flags
+        flags, pc = self.context.raw_flags, self.context.pc
+        repeats = self.pace.counts and self.instruction.decoded.repeats
         stop = self.stepping.step(self.context)
         if stop is Stop.REFUSED:
             self.context.raw_flags = flags  # quirk "early-flags"
+        self.pace.step(moved=self.context.pc != pc, repeats=repeats, complete=stop is Stop.STEPPED)
         return stop
 
     def close(self) -> None:
@@ -88,25 +94,26 @@ class VirtualCpu:
 
     def reset_to(self, boot: BootState) -> None:
         """Load the initial state of a guest."""
-        context = self.context
+        context, cpu = self.context, boot.cpus[self.number]
         context.cr0, context.cr3, context.cr4, context.efer = boot.cr0, boot.cr3, boot.cr4, boot.efer
-        for name, value in boot.gprs.items():
+        for name, value in cpu.gprs.items():
             context.set_gpr(name, value)
-        context.rip = boot.rip
-        context.rflags = boot.rflags
-        context.gdtr, context.idtr = boot.gdtr, boot.idtr
+        context.rip = cpu.rip
+        context.rflags = cpu.rflags
+        context.gdtr, context.idtr = boot.gdtr, cpu.idtr
         for segment in _LOADED:
-            context.set_segment(segment, boot.segments[segment])
-        context.refresh_hidden_flags(cpl=boot.segments["ss"].dpl if boot.mode != "real" else 0)
-        for index, value in enumerate(boot.xmm):
+            context.set_segment(segment, cpu.segments[segment])
+        context.refresh_hidden_flags(cpl=cpu.segments["ss"].dpl if boot.mode != "real" else 0)
+        for index, value in enumerate(cpu.xmm):
             context.write_xmm(index, value)
-        context.write(b.REG_MXCSR, boot.mxcsr)
-        context.write(b.REG_FCW, boot.fcw)
+        context.write(b.REG_MXCSR, cpu.mxcsr)
+        context.write(b.REG_FCW, cpu.fcw)
 
     def run(self) -> Stop:
         """Free-run until something is refused or asks for the VMM."""
         self.stepped = False
         stop = self.free.run(self.context)
+        self.pace.leave(self.context.pc)
         if stop is Stop.REFUSED:
             self._mend_flags()
         return stop
@@ -126,7 +133,8 @@ class VirtualCpu:
         host = self.mmu.fetch_host(pc)
         if host is None:
             return None
-        inside = [b for b in self._blocks.overlapping(host, 1) if b.gva <= pc < b.gva + b.size]
+        mine = [b for b in self._blocks.overlapping(host, 1) if b.vcpu == self.number]
+        inside = [b for b in mine if b.gva <= pc < b.gva + b.size]
         return inside[-1].code[: pc - inside[-1].gva] if inside else None
 
     def exception(self) -> Event:

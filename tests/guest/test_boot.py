@@ -212,19 +212,20 @@ def test_the_gdt_has_the_promised_selectors(mode, code_flags):
 def test_segment_registers_are_what_loading_their_selectors_from_the_gdt_gives(mode, cpl):
     state = boot(mode, cpu=f"cpl = {cpl}")
     for name in ("cs", "ss", "ds", "es", "tr"):
-        segment = state.segments[name]
+        segment = state.cpus[0].segments[name]
         base, limit, access, flags = descriptor(state, segment.selector)
         if name == "tr" and mode == "long":
             base |= LONG_LINEAR & ~0xFFFF_FFFF
         assert (segment.base, segment.limit) == (base, limit)
         assert segment.access_rights == access | flags << 12
         assert (segment.selector & ~7) + 7 <= state.gdtr[1]
-    assert state.segments["cs"].dpl == state.segments["ss"].dpl == state.segments["cs"].selector & 3 == cpl
+    segments = state.cpus[0].segments
+    assert segments["cs"].dpl == segments["ss"].dpl == segments["cs"].selector & 3 == cpl
 
 
 @pytest.mark.parametrize(("cpl", "cs", "data"), [(0, 0x08, 0x10), (3, 0x23, 0x1B)])
 def test_selectors_by_privilege_level(cpl, cs, data):
-    segments = boot(cpu=f"cpl = {cpl}").segments
+    segments = boot(cpu=f"cpl = {cpl}").cpus[0].segments
     assert segments["cs"].selector == cs
     assert {segments[name].selector for name in ("ss", "ds", "es")} == {data}
     assert {segments[name].selector for name in ("fs", "gs", "ldtr")} == {0}
@@ -266,8 +267,8 @@ def test_real_mode_has_no_system_area_and_no_protection():
     state = boot("real")
     assert (state.cr0, state.cr3, state.cr4, state.efer) == (0x32, 0, 0x600, 0)
     assert state.system.data == b""
-    assert state.idtr == (0, 0x3FF)
-    assert all(state.segments[name].limit == 0xFFFF for name in state.segments)
+    assert state.cpus[0].idtr == (0, 0x3FF)
+    assert all(state.cpus[0].segments[name].limit == 0xFFFF for name in state.cpus[0].segments)
 
 
 @pytest.mark.parametrize(
@@ -276,25 +277,25 @@ def test_real_mode_has_no_system_area_and_no_protection():
 )
 def test_real_mode_starts_at_cs_ip(entry, selector, ip):
     state = boot("real", memory=0x100000, entry=entry, executable=())
-    cs = state.segments["cs"]
-    assert (cs.selector, cs.base, state.rip) == (selector, selector * 16, ip)
+    cs = state.cpus[0].segments["cs"]
+    assert (cs.selector, cs.base, state.cpus[0].rip) == (selector, selector * 16, ip)
     assert cs.access_rights == 0x9B
-    assert all(state.segments[name].base == 0 for name in ("ss", "ds", "es"))
+    assert all(state.cpus[0].segments[name].base == 0 for name in ("ss", "ds", "es"))
 
 
 def test_real_mode_segment_bases_give_selectors():
-    segments = boot("real", cpu="registers = { fs_base = 0x12340, gs_base = 0x10 }").segments
+    segments = boot("real", cpu="registers = { fs_base = 0x12340, gs_base = 0x10 }").cpus[0].segments
     assert (segments["fs"].selector, segments["fs"].base) == (0x1234, 0x12340)
     assert segments["gs"].selector == 1
 
 
 def test_registers_that_are_not_given():
     state = boot()
-    assert set(state.gprs.values()) == {0}
-    assert len(state.gprs) == 16
-    assert state.xmm == (0,) * 16
-    assert (state.rflags, state.mxcsr, state.fcw) == (2, 0x1F80, 0x37F)
-    assert (state.idtr, state.rip) == ((0, 0), 0x10000)
+    assert set(state.cpus[0].gprs.values()) == {0}
+    assert len(state.cpus[0].gprs) == 16
+    assert state.cpus[0].xmm == (0,) * 16
+    assert (state.cpus[0].rflags, state.cpus[0].mxcsr, state.cpus[0].fcw) == (2, 0x1F80, 0x37F)
+    assert (state.cpus[0].idtr, state.cpus[0].rip) == ((0, 0), 0x10000)
 
 
 def test_registers_that_are_given():
@@ -302,10 +303,11 @@ def test_registers_that_are_given():
         "{ rax = 1, r15 = 0xffffffffffffffff, rsp = 0x3f000, mxcsr = 0x9fc0, fcw = 0x27f, rflags = 0x202, "
     )
     state = boot(cpu=f"registers = {given} fs_base = 0x5000, gs_base = 0x6000, xmm3 = {1 << 127} }}")
-    assert (state.gprs["rax"], state.gprs["r15"], state.gprs["rsp"]) == (1, (1 << 64) - 1, 0x3F000)
-    assert (state.rflags, state.mxcsr, state.fcw) == (0x202, 0x9FC0, 0x27F)
-    assert (state.segments["fs"].base, state.segments["gs"].base) == (0x5000, 0x6000)
-    assert state.xmm[3] == 1 << 127
+    cpu = state.cpus[0]
+    assert (cpu.gprs["rax"], cpu.gprs["r15"], cpu.gprs["rsp"]) == (1, (1 << 64) - 1, 0x3F000)
+    assert (cpu.rflags, cpu.mxcsr, cpu.fcw) == (0x202, 0x9FC0, 0x27F)
+    assert (cpu.segments["fs"].base, cpu.segments["gs"].base) == (0x5000, 0x6000)
+    assert cpu.xmm[3] == 1 << 127
 
 
 @pytest.mark.parametrize(
@@ -319,12 +321,12 @@ def test_registers_that_are_given():
     ],
 )
 def test_iopl_replaces_the_field_in_rflags(cpu, rflags):
-    assert boot(cpu=cpu).rflags == rflags
+    assert boot(cpu=cpu).cpus[0].rflags == rflags
 
 
 @pytest.mark.parametrize(("mode", "limit"), [("long", 0xFFF), ("protected", 0x7FF), ("real", 0x3FF)])
 def test_the_idt_has_256_gates_of_its_mode(mode, limit):
-    assert boot(mode, cpu="idt = 0x18000").idtr == (0x18000, limit)
+    assert boot(mode, cpu="idt = 0x18000").cpus[0].idtr == (0x18000, limit)
 
 
 def test_page_tables_of_the_guests_own_are_used_as_they_are():
@@ -333,7 +335,7 @@ def test_page_tables_of_the_guests_own_are_used_as_they_are():
     assert (state.cr0, state.cr4, state.efer) == (0x8001_0033, 0x620, 0xD01)
     assert len(state.system.data) == PAGE
     assert state.gdtr[0] == state.system.gpa
-    assert state.segments["tr"].base == state.system.gpa + 0x400
+    assert state.cpus[0].segments["tr"].base == state.system.gpa + 0x400
 
 
 # Memory

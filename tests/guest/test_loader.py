@@ -216,7 +216,7 @@ def test_a_bare_elf_image_gets_a_sensible_machine(tmp_path):
     assert manifest.paging == Paging("rwx")
     assert (manifest.end.port, manifest.policy.code) == (0xF4, "load")
     state = build(guest)
-    assert state.gprs["rsp"] == 4 << 20
+    assert state.cpus[0].gprs["rsp"] == 4 << 20
     assert state.code_frames == (0x10000,)
 
 

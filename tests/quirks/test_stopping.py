@@ -6,7 +6,7 @@ import contextlib
 import threading
 
 import pytest
-from unicorn.unicorn_const import UC_ARCH_X86, UC_HOOK_MEM_WRITE_PROT, UC_MEM_FETCH, UC_MODE_64
+from unicorn.unicorn_const import UC_ARCH_X86, UC_HOOK_BLOCK, UC_HOOK_MEM_WRITE_PROT, UC_MEM_FETCH, UC_MODE_64
 from unicorn.unicorn_py3.unicorn import Uc, UcContext, UcError
 from unicorn.x86_const import UC_X86_REG_RCX, UC_X86_REG_RDI, UC_X86_REG_RDX, UC_X86_REG_RIP
 
@@ -30,6 +30,43 @@ def test_q30_with_exits_enabled_and_none_set_nothing_is_fetched() -> None:
     b.put(CODE, "hlt")
     b.uc.emu_start(CODE, 0x5123)
     assert b.fills == [(CODE, UC_MEM_FETCH)]
+
+
+def stopped_at_entry(number: int) -> Bare:
+    """A counting loop, stopped in the hook of its block entry of that number."""
+    b = Bare()
+    b.put(CODE, "mov ecx, 9; l: inc rax; dec ecx; jnz l; hlt")
+    entries: list[int] = []
+
+    def hook(uc: Uc, address: int, _size: int, _data: object) -> None:
+        entries.append(address)
+        if len(entries) == number:
+            uc.emu_stop()
+
+    b.uc.hook_add(UC_HOOK_BLOCK, hook)
+    b.run()
+    return b
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7])
+def test_q36_a_stop_in_a_block_hook_is_before_the_block(number: int) -> None:
+    b = stopped_at_entry(number)
+    assert (b.pc, b["rax"]) == (CODE if number == 1 else CODE + 5, number - 1)
+
+
+def test_q36_the_block_is_entered_anew() -> None:
+    b = stopped_at_entry(4)
+    b.run(b.pc)
+    assert (b["rax"], b["rcx"]) == (9, 0)
+
+
+def test_q36_each_iteration_of_rep_is_an_entry() -> None:
+    b = Bare()
+    b.put(CODE, "mov ecx, 4; mov edi, 0x40000; rep stosb; hlt")
+    entries: list[int] = []
+    b.uc.hook_add(UC_HOOK_BLOCK, lambda _uc, address, _size, _data: entries.append(address))
+    b.run()
+    assert entries.count(CODE + 10) == 4
 
 
 def test_q31_hlt_returns_success_with_rip_behind_it() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from attrs import evolve, frozen
 
 from vmm.commands.diagnostics import Diagnostics
-from vmm.commands.given import read_input, parse_time
+from vmm.commands.given import parse_time, read_input
 from vmm.commands.interrupt import Interruption
 from vmm.commands.outputs import STDOUT, OutputFile, Outputs
 from vmm.commands.progress import Progress
@@ -54,6 +54,7 @@ class RunRequest:
     everything: bool = False
     verbose: bool = False
     seconds: float | None = None
+    seed: int | None = None
     capacity: int = DEFAULT_CAPACITY
     input: str | None = None
     time: str | None = None
@@ -69,6 +70,7 @@ class RunRequest:
             seconds=self.seconds,
             input=read_input(self.input),
             time=parse_time(self.time),
+            seed=self.seed,
         )
 
 
@@ -213,6 +215,6 @@ def run_to_end(machine: Machine) -> End:
     except GuestError as error:
         what = "; ".join([str(error), *getattr(error, "__notes__", ())])
         detail = {"error": type(error).__name__, "what": what}
-        end = End("error", machine.vcpu.context.rip, detail)
+        end = End("error", machine.vcpus[machine.reporter.vcpu or 0].context.rip, detail)
         machine.reporter.emit(end)
         return end

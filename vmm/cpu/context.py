@@ -426,7 +426,10 @@ class Context:
 
     def changed_since(self, before: bytes) -> dict[str, int]:
         """The registers, with their values now, that differ from those of a ``snapshot`` of this context."""
-        now, new = self.snapshot(), self.registers()
+        now = self.snapshot()
+        if now == before:
+            return {}
+        new = self.registers()
         self._buffer[:] = before
         old = self.registers()
         self._buffer[:] = now

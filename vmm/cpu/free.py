@@ -19,20 +19,21 @@ EntryObserver = Callable[[int, int], None]
 class FreeRunningEngine(Engine):
     """Executes the guest until an exit.
 
-    Hooks that cost nothing while nothing happens are always on. ``audit`` adds one call a block entry, which
-    makes the engine an order of magnitude slower.
+    Hooks that cost nothing while nothing happens are always on. ``hears_entries`` adds one call a block entry, which
+    makes the engine an order of magnitude slower. An engine that is asked to stop in that call stops before the
+    block (quirk "block-stop").
     """
 
-    def __init__(self, memory: GuestMemory, *, audit: bool) -> None:
+    def __init__(self, memory: GuestMemory, *, hears_entries: bool) -> None:
         self.on_translate: TranslationObserver
         self.on_entry: EntryObserver
-        self._audit = audit
+        self._hears_entries = hears_entries
         super().__init__(memory)
 
     def _add_hooks(self) -> None:
         super()._add_hooks()
         self._hook(b.HOOK_EDGE_GENERATED, b.EdgeGenerated(self._on_edge))
-        if self._audit:
+        if self._hears_entries:
             self._hook(b.HOOK_BLOCK, b.BlockEntry(self._on_block))
 
     def run(self, context: Context) -> Stop:

@@ -5,5 +5,15 @@ from vmm.devices.clock_port import ClockPort
 from vmm.devices.console import ConsolePort
 from vmm.devices.debug_exit import DebugExit
 from vmm.devices.input_port import INPUT_LIMIT, InputPort
+from vmm.devices.interprocessor import InterprocessorPort
 
-__all__ = ["INPUT_LIMIT", "ClockPort", "ConsolePort", "DebugExit", "Device", "InputPort", "PortBus"]
+__all__ = [
+    "INPUT_LIMIT",
+    "ClockPort",
+    "ConsolePort",
+    "DebugExit",
+    "Device",
+    "InputPort",
+    "InterprocessorPort",
+    "PortBus",
+]

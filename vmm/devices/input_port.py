@@ -9,8 +9,10 @@ INPUT_LIMIT: Final = 16 << 20
 
 
 class InputPort:
-    """Two ports: IN from the first takes the next 1, 2 or 4 bytes of ``data``, little-endian; 0xff for each one after
-    the end. IN from the second says how many bytes are left, or the most that fits into its size. Writes are ignored.
+    """Two ports, ``first`` and the next one. Writes are ignored.
+
+    IN from the first takes the next 1, 2 or 4 bytes of ``data``, little-endian, with 0xff for each one after the end.
+    IN from the second says how many bytes are left, or the most that fits into its size.
     """
 
     PORTS = 2

@@ -34,11 +34,13 @@ from vmm.guest.pagetables import FOUR_LEVEL, PAE, PageTables
 if TYPE_CHECKING:
     from vmm.cpu.state import Segment, SegmentName
     from vmm.guest.loader import Guest
-    from vmm.guest.manifest import Manifest, Paging
+    from vmm.guest.manifest import CpuSpec, Manifest, Paging
 
 PAGE: Final = 4096
 SYSTEM_ALIGNMENT: Final = 1 << 21
 TSS_OFFSET: Final = 0x400
+#: From the TSS of one vCPU to that of the next.
+TSS_DISTANCE: Final = 0x80
 
 _RFLAGS_FIXED: Final = 1 << 1
 _IOPL_SHIFT: Final = 12
@@ -62,59 +64,78 @@ class SystemArea:
 
 
 @frozen(slots=True)
-class BootState:
-    """Everything that the first instruction can see. Integers are plain, sizes are bytes.
+class CpuBoot:
+    """The registers that a vCPU starts with, besides the control registers.
 
-    ``writes`` are (GPA, bytes) for RAM, which is zero elsewhere. ``rip`` is the offset in CS (in real mode
-    not the linear address), ``gdtr`` and ``idtr`` are (linear base, limit). ``code_frames`` are the GPAs of
-    the frames that are code from the start.
+    ``rip`` is the offset in CS (in real mode not the linear address), ``idtr`` is (linear base, limit).
     """
 
-    mode: Mode
-    memory: int
-    writes: tuple[tuple[int, bytes], ...]
-    system: SystemArea
     rip: int
     gprs: dict[str, int]
     xmm: tuple[int, ...]
     rflags: int
     mxcsr: int
     fcw: int
+    idtr: tuple[int, int]
+    segments: dict[SegmentName, Segment]
+
+
+@frozen(slots=True)
+class BootState:
+    """Everything that the first instruction can see. Integers are plain, sizes are bytes.
+
+    ``writes`` are (GPA, bytes) for RAM, which is zero elsewhere. ``gdtr`` is (linear base, limit). ``code_frames``
+    are the GPAs of the frames that are code from the start. ``cpus`` has an entry for each vCPU; control registers,
+    GDT and page tables are the same for all of them.
+    """
+
+    mode: Mode
+    memory: int
+    writes: tuple[tuple[int, bytes], ...]
+    system: SystemArea
     cr0: int
     cr3: int
     cr4: int
     efer: int
     gdtr: tuple[int, int]
-    idtr: tuple[int, int]
-    segments: dict[SegmentName, Segment]
     code_frames: tuple[int, ...]
+    cpus: tuple[CpuBoot, ...]
 
 
 def build(guest: Guest) -> BootState:
     """The initial machine of a guest that ``load_guest`` has checked; always the same for the same guest."""
     manifest = guest.manifest
     mode, registers = manifest.machine.mode, manifest.cpu.registers
-    code_base = guest.entry & ~0xF if mode == "real" and guest.entry > 0xFFFF else 0
     area = _Area(manifest)
     return BootState(
         mode=mode,
         memory=manifest.machine.memory,
         writes=tuple((segment.gpa, segment.data) for segment in guest.image.segments if segment.data),
         system=SystemArea(area.gpa, area.data),
-        rip=guest.entry - code_base,
-        gprs={name: registers.get(name, 0) for name in GPRS},
-        xmm=tuple(registers.get(name, 0) for name in XMMS),
-        rflags=_rflags(manifest),
-        mxcsr=registers.get("mxcsr", _MXCSR_DEFAULT),
-        fcw=registers.get("fcw", _FCW_DEFAULT),
         cr0=_cr0(mode, paging=bool(area.cr3) or "cr3" in registers),
         cr3=registers.get("cr3", area.cr3),
         cr4=_CR4_OSFXSR | _CR4_OSXMMEXCPT | (_CR4_PAE if mode == "long" or area.cr3 else 0),
         efer=_efer(mode, paging=bool(area.cr3)),
         gdtr=area.gdtr,
-        idtr=_idtr(manifest),
-        segments=_segments(manifest, code_base, area.linear + TSS_OFFSET),
         code_frames=guest.image.code_frames() if manifest.policy.code == "load" else (),
+        cpus=tuple(_cpu(guest, number, area.tss(number)) for number in range(len(manifest.cpus))),
+    )
+
+
+def _cpu(guest: Guest, number: int, tss: int) -> CpuBoot:
+    """The first state of one vCPU, whose TSS is at the linear address ``tss``."""
+    mode, spec, entry = guest.manifest.machine.mode, guest.manifest.cpus[number], guest.entries[number]
+    registers = spec.registers
+    code_base = entry & ~0xF if mode == "real" and entry > 0xFFFF else 0
+    return CpuBoot(
+        rip=entry - code_base,
+        gprs={name: registers.get(name, 0) for name in GPRS},
+        xmm=tuple(registers.get(name, 0) for name in XMMS),
+        rflags=_rflags(spec),
+        mxcsr=registers.get("mxcsr", _MXCSR_DEFAULT),
+        fcw=registers.get("fcw", _FCW_DEFAULT),
+        idtr=_idtr(mode, spec),
+        segments=_segments(mode, spec, code_base, number, tss),
     )
 
 
@@ -133,11 +154,16 @@ class _Area:
         if manifest.paging is not None:
             self.linear = (RESERVED_LONG if mode == "long" else RESERVED_PROTECTED)[0]
             self.cr3 = self.gpa + PAGE
-        tss = self.linear + TSS_OFFSET
-        gdt = descriptors.global_descriptor_table(mode, manifest.cpu.cpl, tss)
-        page = gdt.ljust(TSS_OFFSET, b"\0") + descriptors.task_state_segment(mode, manifest.cpu.rsp0)
+        stacks = [cpu.rsp0 for cpu in manifest.cpus]
+        gdt = descriptors.global_descriptor_table(mode, manifest.cpu.cpl, list(map(self.tss, range(len(stacks)))))
+        segments = (descriptors.task_state_segment(mode, stack).ljust(TSS_DISTANCE, b"\0") for stack in stacks)
+        page = gdt.ljust(TSS_OFFSET, b"\0") + b"".join(segments)
         self.data = page.ljust(PAGE, b"\0") + self._tables(manifest.paging, manifest)
         self.gdtr = (self.linear, len(gdt) - 1)
+
+    def tss(self, number: int) -> int:
+        """The linear address of the TSS of a vCPU."""
+        return self.linear + TSS_OFFSET + number * TSS_DISTANCE
 
     def _tables(self, paging: Paging | None, manifest: Manifest) -> bytes:
         if paging is None:
@@ -149,11 +175,11 @@ class _Area:
         return tables.to_bytes()
 
 
-def _rflags(manifest: Manifest) -> int:
-    rflags = manifest.cpu.registers.get("rflags", 0) | _RFLAGS_FIXED
-    if manifest.cpu.iopl is None:
+def _rflags(cpu: CpuSpec) -> int:
+    rflags = cpu.registers.get("rflags", 0) | _RFLAGS_FIXED
+    if cpu.iopl is None:
         return rflags
-    return rflags & ~(3 << _IOPL_SHIFT) | manifest.cpu.iopl << _IOPL_SHIFT
+    return rflags & ~(3 << _IOPL_SHIFT) | cpu.iopl << _IOPL_SHIFT
 
 
 def _cr0(mode: Mode, *, paging: bool) -> int:
@@ -167,16 +193,15 @@ def _efer(mode: Mode, *, paging: bool) -> int:
     return _EFER_NXE if paging else 0
 
 
-def _idtr(manifest: Manifest) -> tuple[int, int]:
-    mode, idt = manifest.machine.mode, manifest.cpu.idt
-    if idt is None and mode != "real":
+def _idtr(mode: Mode, cpu: CpuSpec) -> tuple[int, int]:
+    if cpu.idt is None and mode != "real":
         return 0, 0
-    return idt or 0, _IDT_LIMITS[mode]
+    return cpu.idt or 0, _IDT_LIMITS[mode]
 
 
-def _segments(manifest: Manifest, code_base: int, tss: int) -> dict[SegmentName, Segment]:
-    registers = manifest.cpu.registers
+def _segments(mode: Mode, cpu: CpuSpec, code_base: int, number: int, tss: int) -> dict[SegmentName, Segment]:
+    registers = cpu.registers
     bases: dict[SegmentName, int] = {"fs": registers.get("fs_base", 0), "gs": registers.get("gs_base", 0)}
-    if manifest.machine.mode == "real":
+    if mode == "real":
         return descriptors.real_segments(code_base, bases)
-    return descriptors.segments(manifest.machine.mode, manifest.cpu.cpl, tss, bases)
+    return descriptors.segments(mode, cpu.cpl, descriptors.task_register(number, cpu.cpl, tss), bases)

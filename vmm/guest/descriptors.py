@@ -5,6 +5,7 @@ The GDT, the same in long and protected mode::
     0x08  ring-0 code      0x1b  ring-3 data     0x28  TSS (16 bytes in long mode, 8 in protected mode)
     0x10  ring-0 data      0x23  ring-3 code     0x38, 0x40  code and data of ring 1 or 2, if cpl says so
 
+TSS descriptors of further vCPUs follow, 16 bytes each.
 The order fits SYSCALL and SYSRET with IA32_STAR = 0x0010_0008 in its upper half. Descriptors are marked
 accessed, and the TSS busy, from the start: the processor never writes to the table.
 """
@@ -35,8 +36,15 @@ _LDT: Final = 0x0082
 _FLAT_LIMIT: Final = 0xFFFF_FFFF
 
 
-def segments(mode: Mode, cpl: int, tss: int, bases: dict[SegmentName, int]) -> dict[SegmentName, Segment]:
-    """The segment registers of long or protected mode at ``cpl``; ``tss`` is the TSS's linear address.
+def task_register(number: int, cpl: int, tss: int) -> Segment:
+    """TR of a vCPU whose TSS is at the linear address ``tss``; ``cpl`` is the first vCPU's."""
+    others = _GDT_SIZE + (16 if cpl in (1, 2) else 0)
+    selector = others + 16 * (number - 1) if number else TSS_SELECTOR
+    return Segment(selector, tss, TSS_SIZE - 1, _TSS_BUSY)
+
+
+def segments(mode: Mode, cpl: int, tss: Segment, bases: dict[SegmentName, int]) -> dict[SegmentName, Segment]:
+    """The segment registers of long or protected mode at ``cpl``; ``tss`` is the task register.
 
     ``bases`` gives those of FS and GS. In long mode these two hold the null selector; their bases count all
     the same.
@@ -46,7 +54,7 @@ def segments(mode: Mode, cpl: int, tss: int, bases: dict[SegmentName, int]) -> d
     long = mode == "long"
     found: dict[SegmentName, Segment] = {
         "cs": Segment(code, 0, _FLAT_LIMIT, (_CODE64 if long else _CODE32) | dpl),
-        "tr": Segment(TSS_SELECTOR, tss, TSS_SIZE - 1, _TSS_BUSY),
+        "tr": tss,
         "ldtr": Segment(0, 0, 0, _LDT),
     }
     for name in _DATA_SELECTORS:
@@ -68,17 +76,23 @@ def real_segments(code_base: int, bases: dict[SegmentName, int]) -> dict[Segment
     return found
 
 
-def global_descriptor_table(mode: Mode, cpl: int, tss: int) -> bytes:
-    """The GDT for a guest that starts at ``cpl``, its TSS at the linear address ``tss``."""
+def global_descriptor_table(mode: Mode, cpl: int, tasks: list[int]) -> bytes:
+    """The GDT for a guest that starts at ``cpl``; ``tasks`` are the linear addresses of the vCPUs' TSSs."""
     code = _CODE64 if mode == "long" else _CODE32
     table = [bytes(8)]
     for dpl, rights in ((0, code), (0, _DATA), (3, _DATA), (3, code)):
         table.append(_descriptor(0, _FLAT_LIMIT, rights | dpl << 5))
-    table.append(_descriptor(tss, TSS_SIZE - 1, _TSS_BUSY))
-    table.append(struct.pack("<Q", tss >> 32))  # bits 63:32 of the base; in protected mode a null descriptor
+    table += _task_descriptor(tasks[0])
     if cpl in (1, 2):
         table += [_descriptor(0, _FLAT_LIMIT, rights | cpl << 5) for rights in (code, _DATA)]
+    for tss in tasks[1:]:
+        table += _task_descriptor(tss)
     return b"".join(table)
+
+
+def _task_descriptor(tss: int) -> list[bytes]:
+    """The 16 bytes of a TSS descriptor; the upper half is a null descriptor in protected mode."""
+    return [_descriptor(tss, TSS_SIZE - 1, _TSS_BUSY), struct.pack("<Q", tss >> 32)]
 
 
 def task_state_segment(mode: Mode, rsp0: int) -> bytes:

@@ -36,16 +36,25 @@ _BARE_ROOM: Final = 1 << 20
 
 @frozen(slots=True)
 class Guest:
-    """A guest, checked and ready to build: ``entry`` is the linear address where it starts."""
+    """A guest, checked and ready to build.
+
+    ``entry`` is the linear address where the first vCPU starts, ``other_entries`` where the others do.
+    """
 
     manifest: Manifest
     image: LoadedImage
     entry: int
+    other_entries: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
         """The guest's name."""
         return self.manifest.name
+
+    @property
+    def entries(self) -> tuple[int, ...]:
+        """Where each vCPU starts, by number."""
+        return (self.entry, *self.other_entries)
 
 
 @frozen(slots=True)
@@ -126,21 +135,23 @@ def _not_found(file: Path, given: str) -> InputError:
 
 def _from_manifest(manifest: Manifest) -> Guest:
     image = load_image(manifest.image, manifest.machine.memory)
-    guest = Guest(manifest, image, _entry(manifest, image))
-    _check_entry(guest)
-    _check_reachable(guest, "idt", manifest.cpu.idt)
-    _check_reachable(guest, "rsp0", manifest.cpu.rsp0 - 1 if manifest.cpu.rsp0 else None)
+    first, *others = (_entry(manifest, image, number) for number in range(len(manifest.cpus)))
+    guest = Guest(manifest, image, first, tuple(others))
+    for number, cpu in enumerate(manifest.cpus):
+        _check_entry(guest, number)
+        _check_reachable(guest, number, "idt", cpu.idt)
+        _check_reachable(guest, number, "rsp0", cpu.rsp0 - 1 if cpu.rsp0 else None)
     return guest
 
 
-def _entry(manifest: Manifest, image: LoadedImage) -> int:
-    entry = manifest.cpu.entry
+def _entry(manifest: Manifest, image: LoadedImage, number: int) -> int:
+    entry = manifest.cpus[number].entry
     if isinstance(entry, str):
         address = image.symbols.address(entry)
         if address is None:
             close = difflib.get_close_matches(entry, list(islice(image.symbols, _NAMES_COMPARED)), n=1)
             fix = f'did you mean "{close[0]}"?' if close else "name a symbol of the image, or give a number"
-            raise _cpu_error(manifest, "entry", f"the image has no symbol {shown(entry)}", fix)
+            raise _cpu_error(manifest, number, "entry", f"the image has no symbol {shown(entry)}", fix)
         return address
     if entry is not None:
         return entry
@@ -150,32 +161,32 @@ def _entry(manifest: Manifest, image: LoadedImage) -> int:
     return image.entry
 
 
-def _check_entry(guest: Guest) -> None:
-    manifest, entry = guest.manifest, guest.entry
+def _check_entry(guest: Guest, number: int) -> None:
+    manifest, entry = guest.manifest, guest.entries[number]
     if "cr3" in manifest.cpu.registers:
         return  # through page tables of the guest's own: the processor will see
     gpa, mapping = _reach(manifest, entry)
     if gpa is None:
         fix = "map it in [[paging.map]]" if manifest.paging else "start inside of RAM"
-        raise _cpu_error(manifest, "entry", f"{entry:#x} is not an address of RAM", fix)
+        raise _cpu_error(manifest, number, "entry", f"{entry:#x} is not an address of RAM", fix)
     if not guest.image.holds(gpa):
         ranges = ", ".join(f"{s.gpa:#x} to {s.gpa + len(s.data):#x}" for s in guest.image.segments[:4])
         what = f"{entry:#x} (GPA {gpa:#x}) lies outside of the image"
-        raise _cpu_error(manifest, "entry", what, f"the image occupies {ranges}")
+        raise _cpu_error(manifest, number, "entry", what, f"the image occupies {ranges}")
     if mapping and "x" not in mapping.access:
         what = f'{entry:#x} is mapped "{mapping.access}"'
-        raise _cpu_error(manifest, "entry", what, "map it with x, or start elsewhere")
-    if mapping and manifest.cpu.cpl == 3 and not mapping.user:
+        raise _cpu_error(manifest, number, "entry", what, "map it with x, or start elsewhere")
+    if mapping and manifest.cpus[number].cpl == 3 and not mapping.user:
         what = f"{entry:#x} is mapped for the supervisor only, and cpl is 3"
-        raise _cpu_error(manifest, "entry", what, "map it with user = true")
+        raise _cpu_error(manifest, number, "entry", what, "map it with user = true")
 
 
-def _check_reachable(guest: Guest, key: str, linear: int | None) -> None:
+def _check_reachable(guest: Guest, number: int, key: str, linear: int | None) -> None:
     manifest = guest.manifest
     if linear is None or "cr3" in manifest.cpu.registers or _reach(manifest, linear)[0] is not None:
         return
     fix = "map it in [[paging.map]]" if manifest.paging else "place it in RAM"
-    raise _cpu_error(manifest, key, f"{linear:#x} is not an address of RAM", fix)
+    raise _cpu_error(manifest, number, key, f"{linear:#x} is not an address of RAM", fix)
 
 
 def _reach(manifest: Manifest, linear: int) -> tuple[int | None, Mapping | None]:
@@ -185,8 +196,9 @@ def _reach(manifest: Manifest, linear: int) -> tuple[int | None, Mapping | None]
     return manifest.paging.resolve(linear, memory) or (None, None)
 
 
-def _cpu_error(manifest: Manifest, key: str, what: str, fix: str) -> ManifestError:
-    return ManifestError(what, where=f"{one_line(manifest.path)}: [cpu].{key}", fix=fix)
+def _cpu_error(manifest: Manifest, number: int, key: str, what: str, fix: str) -> ManifestError:
+    table = f"[vcpu][{number - 1}]" if number else "[cpu]"
+    return ManifestError(what, where=f"{one_line(manifest.path)}: {table}.{key}", fix=fix)
 
 
 def _from_bare_elf(path: Path) -> Guest:
@@ -205,7 +217,7 @@ def _from_bare_elf(path: Path) -> Guest:
         policy=Policy(code="load"),
     )
     guest = Guest(manifest, image, image.entry)
-    _check_entry(guest)
+    _check_entry(guest, 0)
     return guest
 
 

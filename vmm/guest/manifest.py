@@ -6,11 +6,14 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [image]    format, file, load (flat only), symbols (flat only: a file in the format of nm)
     [machine]  memory, mode
     [cpu]      entry (an address, or a symbol's name), cpl, iopl, registers, idt, rsp0
+    [[vcpu]]   the same, for each further vCPU
+    [schedule] seed, quantum: how the vCPUs take turns
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
     [policy]   reads, writes, code
     [console]  port: what the guest writes there is its printed output
     [input]    port, file: what the guest reads there
     [clock]    port, time: where it reads the time
+    [ipi]      port: interprocessor interrupts, and the number of the vCPU that asks
     [end]      port, value, halt
     [limits]   exits, seconds
 
@@ -63,6 +66,11 @@ REGISTERS: Final = (*GPRS, "rflags", "mxcsr", "fcw", "cr3", "fs_base", "gs_base"
 RFLAGS_VALID: Final = 0x3D_7FD7
 MXCSR_VALID: Final = 0xFFFF
 
+#: How many vCPUs a machine may have.
+VCPUS_LIMIT: Final = 16
+#: How many instructions a turn of a vCPU may have.
+QUANTUM_LIMIT: Final = 1 << 20
+
 MANIFEST_LIMIT: Final = 1 << 20
 _MAPS_LIMIT: Final = 1024
 _MAPPED_LIMIT: Final = 4 << 30
@@ -70,7 +78,8 @@ _NAME_LENGTH: Final = 100
 _POLICY_KEYS: Final = ("reads", "writes", "code")
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
-    *("image", "machine", "cpu", "paging", "policy", "console", "input", "clock", "end", "limits"),
+    *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "console", "input", "clock", "ipi", "end"),
+    "limits",
 )
 
 
@@ -94,7 +103,7 @@ class MachineSpec:
 
 @frozen(slots=True)
 class CpuSpec:
-    """The initial CPU. ``registers`` holds only those that were given.
+    """The first state of a vCPU. ``registers`` holds only those that were given.
 
     ``entry`` is a linear address, a symbol's name, or None for the ELF header's. ``iopl`` None leaves
     RFLAGS as given. ``idt`` None is an empty IDT (in real mode: the vector table at 0).
@@ -106,6 +115,14 @@ class CpuSpec:
     registers: dict[str, int] = field(factory=dict)
     idt: int | None = None
     rsp0: int = 0
+
+
+@frozen(slots=True)
+class Schedule:
+    """How several vCPUs take turns: turns of 1 to ``quantum`` instructions, drawn by ``seed`` (64 bits)."""
+
+    seed: int = 0
+    quantum: int = 64
 
 
 @frozen(slots=True)
@@ -156,6 +173,13 @@ class Console:
 
 
 @frozen(slots=True)
+class Ipi:
+    """The port by which vCPUs interrupt each other; None if there is none."""
+
+    port: int | None = None
+
+
+@frozen(slots=True)
 class End:
     """What ends the run as expected: a byte on ``port`` (if given, ``value``), HLT with interrupts off."""
 
@@ -177,7 +201,7 @@ class Manifest:
     """A whole ``guest.toml``. ``paging`` is None where the VMM builds no page tables.
 
     ``wrong_of`` names the guest in the folder beside this one's that this is the wrong version of: it is held
-    against that guest's script, and fails. Empty for a right one.
+    against that guest's script, and fails. Empty for a right one. ``others`` are the vCPUs besides the first, ``cpu``.
     """
 
     path: Path
@@ -193,7 +217,15 @@ class Manifest:
     clock: ClockSpec | None = None
     end: End = End()
     limits: Limits = Limits()
+    others: tuple[CpuSpec, ...] = ()
+    schedule: Schedule = Schedule()
+    ipi: Ipi = Ipi()
     wrong_of: str = ""
+
+    @property
+    def cpus(self) -> tuple[CpuSpec, ...]:
+        """All vCPUs, by number."""
+        return (self.cpu, *self.others)
 
     @property
     def own_script(self) -> Path:
@@ -235,10 +267,12 @@ def parse_manifest(text: str, path: Path) -> Manifest:
 def _manifest(top: Table, path: Path) -> Manifest:
     machine = _machine(top.table("machine", ("memory", "mode")))
     image = _image(top.table("image", ("format", "file", "load", "symbols")), machine, path.parent)
-    cpu = _cpu(top, machine, image)
+    cpu = _cpu(top.table("cpu", _CPU_KEYS, _CPU_HINTS), machine, image)
     end = _end(top.table("end", ("port", "value", "halt")))
     console = _console(top.table("console", ("port",)), end)
-    taken = {console.port: "[console].port", **({} if end.port is None else {end.port: "[end].port"})}
+    ipi = _ipi(top.table("ipi", ("port",)), end, console)
+    named = {"[console].port": console.port, "[end].port": end.port, "[ipi].port": ipi.port}
+    taken = {port: name for name, port in named.items() if port is not None}
     return Manifest(
         path=path,
         name=top.string("name", longest=_NAME_LENGTH),
@@ -253,6 +287,9 @@ def _manifest(top: Table, path: Path) -> Manifest:
         clock=clock_of(top, taken),
         end=end,
         limits=_limits(top.table("limits", ("exits", "seconds"))),
+        others=_others(top, machine, cpu),
+        schedule=_schedule(top.table("schedule", ("seed", "quantum"))),
+        ipi=ipi,
         wrong_of=_wrong_of(top),
     )
 
@@ -283,14 +320,45 @@ def _image(table: Table, machine: MachineSpec, folder: Path) -> Image:
     return Image(form, file)
 
 
-def _cpu(top: Table, machine: MachineSpec, image: Image) -> CpuSpec:
-    hints = {
-        "cr3": "give it as registers = { cr3 = … }",
-        "rip": "give it as entry",
-        "rsp": "give it as registers = { rsp = … }",
-        "rflags": "give it as registers = { rflags = … }",
-    }
-    table = top.table("cpu", ("entry", "cpl", "iopl", "registers", "idt", "rsp0"), hints)
+_CPU_KEYS: Final = ("entry", "cpl", "iopl", "registers", "idt", "rsp0")
+_CPU_HINTS: Final = {
+    "cr3": "give it as registers = { cr3 = … }",
+    "rip": "give it as entry",
+    "rsp": "give it as registers = { rsp = … }",
+    "rflags": "give it as registers = { rflags = … }",
+}
+
+
+def _others(top: Table, machine: MachineSpec, first: CpuSpec) -> tuple[CpuSpec, ...]:
+    """The vCPUs besides the first one. They share its address space and, if a ring 1 or 2 is used, its ring."""
+    tables = top.tables("vcpu", "[vcpu]", _CPU_KEYS, VCPUS_LIMIT - 1)
+    cpus = []
+    for table in tables:
+        cpu = _cpu(table, machine, None)
+        if "cr3" in cpu.registers and cpu.registers["cr3"] != first.registers.get("cr3"):
+            raise table.error("registers", "its cr3 is not that of [cpu]", "start in the same address space")
+        if cpu.cpl != first.cpl and {1, 2} & {cpu.cpl, first.cpl}:
+            raise table.error("cpl", f"{cpu.cpl} does not go with cpl = {first.cpl} of [cpu]", "give the same cpl")
+        cpus.append(cpu)
+    return tuple(cpus)
+
+
+def _schedule(table: Table) -> Schedule:
+    default = Schedule()
+    return Schedule(
+        seed=table.integer("seed", 0, U64_MAX, default=default.seed),
+        quantum=table.integer("quantum", 1, QUANTUM_LIMIT, default=default.quantum),
+    )
+
+
+def _ipi(table: Table, end: End, console: Console) -> Ipi:
+    port = table.maybe_integer("port", 0, U16_MAX)
+    if port is not None and port in (end.port, console.port):
+        raise table.error("port", f"{port:#x} is the port of another device", "give it another number")
+    return Ipi(port)
+
+
+def _cpu(table: Table, machine: MachineSpec, image: Image | None) -> CpuSpec:
     cpu = CpuSpec(
         entry=_entry(table, machine, image),
         cpl=table.integer("cpl", 0, 0 if machine.mode == "real" else 3, default=0),
@@ -308,8 +376,8 @@ def _cpu(top: Table, machine: MachineSpec, image: Image) -> CpuSpec:
     return cpu
 
 
-def _entry(table: Table, machine: MachineSpec, image: Image) -> int | str | None:
-    if "entry" not in table and image.format == "elf64":
+def _entry(table: Table, machine: MachineSpec, image: Image | None) -> int | str | None:
+    if "entry" not in table and image is not None and image.format == "elf64":
         return None
     if table.is_string("entry"):
         return table.string("entry", longest=256)

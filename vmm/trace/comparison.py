@@ -45,7 +45,8 @@ class Comparison:
         if self.pair is not None:
             self._after.append((one, other))
         elif one is not None and other is not None and one.text == other.text:
-            self._before.append(one)
+            if "kind" in one.object:  # else it is the header
+                self._before.append(one)
         else:
             self.pair = one, other
 
@@ -98,13 +99,13 @@ class Difference:
         """Write the lines of both around the place, then what differs."""
         if self.before:
             painter.line("  both", Style.QUIET)
-            for line in self.before:
-                painter.line(_row(line, " "))
+            for earlier in self.before:
+                painter.line(_row(earlier, " "))
         for name, line, after in ((one, self.one, self.one_after), (other, self.other, self.other_after)):
             painter.line(f"  {name}", Style.QUIET)
             painter.line("  > (nothing)" if line is None else _row(line, ">"), Style.BAD)
-            for each in after:
-                painter.line(_row(each, " "))
+            for later in after:
+                painter.line(_row(later, " "))
         painter.line()
         for note in self.notes(one, other):
             painter.line(f"  {printable(note)}", Style.TRAP)

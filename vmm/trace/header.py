@@ -9,6 +9,7 @@ from typing import Any, Final
 from attrs import frozen
 
 from vmm.exits import Json
+from vmm.guest.fields import U64_MAX
 
 SCHEMA: Final = "vmm-trace/1"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -20,8 +21,9 @@ class Header:
     """What the run of a trace was: of which image, under which manifest and policy, with which options.
 
     ``image`` and ``manifest`` are the SHA-256 of the files; ``manifest`` is None for an image without one. ``target``
-    is how the guest was named. ``interactive`` is whether anybody could act on the guest, so that each exit was taken
-    at an instruction boundary. ``exact_ports`` are those of a host program's devices that want one.
+    is how the guest was named, ``seed`` what the turns of several vCPUs were drawn from. ``interactive`` is whether
+    anybody could act on the guest, so that each exit was taken at an instruction boundary. ``exact_ports`` are those
+    of a host program's devices that want one.
     """
 
     guest: str
@@ -33,6 +35,7 @@ class Header:
     blocks: bool
     capacity: int
     single_step: bool
+    seed: int
     interactive: bool
     exact_ports: tuple[int, ...]
 
@@ -47,6 +50,7 @@ class Header:
             "manifest": self.manifest,
             "target": self.target,
             "options": {"blocks": self.blocks, "capacity": self.capacity, "single_step": self.single_step},
+            "seed": self.seed,
             "interactive": self.interactive,
             "exact_ports": list(self.exact_ports),
         }
@@ -67,8 +71,9 @@ class Header:
             manifest=None if line.get("manifest", "") is None else _digest(line, "manifest"),
             target=_key(line, "target", str),
             blocks=_key(options, "blocks", bool),
-            capacity=_positive(options, "capacity"),
+            capacity=_number(options, "capacity", 1),
             single_step=_key(options, "single_step", bool),
+            seed=_number(line, "seed", 0),
             interactive=_key(line, "interactive", bool),
             exact_ports=tuple(exact),
         )
@@ -81,9 +86,9 @@ def _key(line: Mapping[str, Any], key: str, kind: type) -> Any:  # noqa: ANN401 
     return value
 
 
-def _positive(line: Mapping[str, Any], key: str) -> int:
+def _number(line: Mapping[str, Any], key: str, least: int) -> int:
     value: int = _key(line, key, int)
-    if value < 1:
+    if not least <= value <= U64_MAX:
         raise ValueError(f'no usable "{key}"')
     return value
 

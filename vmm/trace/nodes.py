@@ -126,10 +126,9 @@ def _shown(value: object) -> str:
 def _event_cause(difference: Difference, others: str) -> str | None:
     """The input that makes the difference, if one does; ``one`` of it is theirs, ``other`` the node's."""
     theirs, mine = difference.one, difference.other
-    reads = _port_read(theirs), _port_read(mine)
-    if reads[0] is not None and reads[1] is not None and reads[0][1] == reads[1][1]:
-        (their_value, port), (value, _) = reads
-        return f"read {value} from port {port} where {others} read {their_value}"
+    there, here = _port_read(theirs), _port_read(mine)
+    if there is not None and here is not None and there[1] == here[1]:
+        return f"read {here[0]} from port {here[1]} where {others} read {there[0]}"
     if mine is not None and mine.get("kind") == "input":
         return f"was given an input that {others} were not given there: {line_words(mine)}"
     if theirs is not None and theirs.get("kind") == "input":

@@ -117,7 +117,7 @@ class PatchReader:
         return Patch(start, old, new, first, first + size, self._bits())
 
     def _bits(self) -> int:
-        mode = self._machine.vcpu.context.mode
+        mode = self._machine.vcpus[self._machine.reporter.vcpu or 0].context.mode
         return 64 if mode == "long" else 32 if mode.endswith("32") else 16
 
 

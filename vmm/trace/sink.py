@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
+from attrs import evolve
 
 from vmm.exits import BlockEvent, End, Exit, FrameEvent, Injection, IoInstruction, Json, Modification, Record
 
@@ -56,9 +57,9 @@ class Output(Protocol):
 
 
 class TraceSink:
-    """Writes a trace to ``output``: ``record`` is an observer, ``console`` takes the guest's printed text, ``input``
-    listens to the inputs.
+    """Writes a trace to ``output``.
 
+    ``record`` is an observer, ``console`` takes the guest's printed text, ``input`` listens to the inputs.
     Records are numbered from 1. A line of printed text, and one of an input, has the number of the record that it came
     after. ``header`` gives the first line's object when the first lines are written, ``state`` the digests of the
     final state when the run has ended. Lines are written in batches of ``batch``; ``flush`` must be called at the end.
@@ -89,7 +90,7 @@ class TraceSink:
             self._end_state(record)
         self.records += 1
         lines = self._lines
-        lines.append(_FORMATTERS.get(type(record), by_json)(self.records, record))
+        lines.append(line(self.records, record))
         if len(lines) >= self._batch:
             self._write()
 
@@ -139,7 +140,10 @@ class TraceSink:
 
 def line(seq: int, record: Record) -> str:
     """The trace line of a record, with its end of line."""
-    return _FORMATTERS.get(type(record), by_json)(seq, record)
+    text = _FORMATTERS.get(type(record), by_json)(seq, record)
+    if record.vcpu is None or type(record) not in _FORMATTERS:
+        return text
+    return f'{text[:-2]}, "vcpu": {record.vcpu}}}\n'
 
 
 def by_json(seq: int, record: Record) -> str:
@@ -149,7 +153,7 @@ def by_json(seq: int, record: Record) -> str:
 
 def _exit_formatter(kind: type[Exit]) -> Formatter:
     """For an exit whose fields are all numbers, or None where an exit of this kind lacks one."""
-    names = [field.name for field in attrs.fields(kind)]
+    names = _own(kind)
     pairs = [f', "{name}": %d' for name in names]
     start = f'{{"seq": %d, "kind": "exit", "reason": "{kind.reason.name}", "number": {kind.reason:d}'
     template = f"{start}{''.join(pairs)}}}\n"
@@ -182,6 +186,8 @@ def _modification(seq: int, r: Modification) -> str:
 
 
 def _block(seq: int, r: BlockEvent) -> str:
+    if r.owner is not None:
+        return by_json(seq, evolve(r, vcpu=None))
     mode, cause = quoted(r.mode), quoted(r.cause)
     return _BLOCK % (seq, quoted(r.event), r.block, r.gpa, r.gva, r.size, mode, cause)
 
@@ -197,7 +203,12 @@ def _injection(seq: int, r: Injection) -> str:
 
 def _numeric(kind: type[Exit]) -> bool:
     types = {str(getattr(field.type, "__name__", field.type)) for field in attrs.fields(kind)}
-    return types <= {"int", "int | None"} and kind.to_json is Exit.to_json
+    return types <= {"int", "int | None"} and kind._fields is Exit._fields
+
+
+def _own(kind: type[Record]) -> list[str]:
+    """The fields of a class of records besides ``vcpu``, which a line has at its end."""
+    return [field.name for field in attrs.fields(kind) if field.name != "vcpu"]
 
 
 _FORMATTERS: Final[dict[type[Record], Formatter]] = {

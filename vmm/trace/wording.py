@@ -56,7 +56,7 @@ def _absent(record: Json, schema: Schema) -> str:
     """Conditions that the fields which an exit leaves out are left out."""
     reason = record.get("reason") if record.get("kind") == "exit" else None
     fields = schema.exits.get(reason, {}) if isinstance(reason, str) else {}
-    return "".join(f" {name}=none" for name in fields if name not in record)
+    return "".join(f" {name}=none" for name in fields if name not in record and name != "vcpu")
 
 
 def quoted(text: str) -> str:

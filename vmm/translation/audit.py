@@ -13,9 +13,10 @@ ReadBytes = Callable[[int, int], bytes]
 
 
 class Auditor:
-    """Checks block entries; raises ``AuditError`` with a precise report for the first stale one."""
+    """Checks the block entries of one vCPU; raises ``AuditError`` with a precise report for the first stale one."""
 
-    def __init__(self, cache: BlockCache, read: ReadBytes) -> None:
+    def __init__(self, cache: BlockCache, read: ReadBytes, vcpu: int = 0) -> None:
+        self._vcpu = vcpu
         self._cache = cache
         self._read = read
         self._last: Block | None = None
@@ -24,7 +25,7 @@ class Auditor:
     def enter(self, gva: int, hpa: int, mode_flags: int) -> None:
         """A block is being entered at this linear and host address in this CPU mode."""
         self.entries += 1
-        block = self._cache.find(gva, hpa, mode_flags)
+        block = self._cache.find(gva, hpa, mode_flags, self._vcpu)
         if block is None:
             raise AuditError(
                 f"the engine enters a block at {gva:#x} (host {hpa:#x}) that the block cache does not hold: "

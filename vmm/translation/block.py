@@ -12,8 +12,8 @@ GRANULE_SHIFT: Final = 7
 #: A run of bytes in host memory: (address, size). A block has one, or two if it straddles frames.
 Span = tuple[int, int]
 
-#: What makes two translations the same: linear address, host address of the first byte, CPU mode digest.
-Key = tuple[int, int, int]
+#: What makes two translations the same: vCPU, linear address, host address of the first byte, CPU mode digest.
+Key = tuple[int, int, int, int]
 
 
 @define(slots=True, eq=False)
@@ -21,7 +21,7 @@ class Block:
     """A block that the engine holds a translation of.
 
     ``number`` is the count of blocks created when it was made, starting at 1: the identity that traces show.
-    ``code`` are the bytes that were translated.
+    ``code`` are the bytes that were translated, ``vcpu`` is whose engine holds the translation.
     """
 
     number: int
@@ -30,6 +30,7 @@ class Block:
     mode_flags: int
     mode: str
     code: bytes
+    vcpu: int = 0
     #: Linear addresses of blocks seen to follow this one; filled by the auditor.
     successors: set[int] = field(factory=set)
     #: What makes two translations the same.
@@ -40,7 +41,7 @@ class Block:
     def __attrs_post_init__(self) -> None:
         spans = self.spans
         address, size = spans[0]
-        self.key = (self.gva, address, self.mode_flags)
+        self.key = (self.vcpu, self.gva, address, self.mode_flags)
         self.granules = granules_of(address, size)
         for address, size in spans[1:]:
             self.granules += granules_of(address, size)

@@ -45,9 +45,9 @@ class BlockCache:
     def __iter__(self) -> Iterator[Block]:
         return iter(self._blocks.values())
 
-    def find(self, gva: int, hpa: int, mode_flags: int) -> Block | None:
+    def find(self, gva: int, hpa: int, mode_flags: int, vcpu: int = 0) -> Block | None:
         """The live block with this key."""
-        return self._blocks.get((gva, hpa, mode_flags))
+        return self._blocks.get((vcpu, gva, hpa, mode_flags))
 
     def holds(self, block: Block) -> bool:
         """Whether a block is still alive."""
@@ -62,13 +62,15 @@ class BlockCache:
                 found |= {key: block for key, block in holders.items() if block.overlaps(hpa, size)}
         return sorted(found.values(), key=by_number) if len(found) > 1 else list(found.values())
 
-    def create(self, gva: int, spans: tuple[Span, ...], mode_flags: int, mode: str, code: bytes) -> Block:
+    def create(
+        self, gva: int, spans: tuple[Span, ...], mode_flags: int, mode: str, code: bytes, vcpu: int = 0
+    ) -> Block:
         """Take in a block that an engine has just translated. Call ``trim`` before it goes on."""
-        stale = self._blocks.get((gva, spans[0][0], mode_flags))
+        stale = self._blocks.get((vcpu, gva, spans[0][0], mode_flags))
         if stale is not None:
             self._drop([stale], "evicted", "retranslated")
         self.counters.created += 1
-        block = Block(self.counters.created, gva, spans, mode_flags, mode, code)
+        block = Block(self.counters.created, gva, spans, mode_flags, mode, code, vcpu)
         self._blocks[block.key] = block
         for granule in block.granules:
             self._granules.setdefault(granule, {})[block.key] = block

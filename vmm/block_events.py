@@ -1,0 +1,96 @@
+"""What the free-running engine of one vCPU tells of its translated blocks, and what is done about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vmm.cpu.defects import block_is_affected
+from vmm.errors import AuditError
+from vmm.exits import BlockEvent
+from vmm.memory import PAGE, GuestMemory
+from vmm.memory.frames import Frames
+from vmm.reporter import Reporter
+from vmm.translation import Auditor, Block, BlockCache, Span
+from vmm.vcpu import VirtualCpu
+
+
+class BlockEvents:
+    """Takes each new translation of a vCPU into the block cache; follows block entries where somebody wants that.
+
+    ``step_over`` has a block stepped that the engine would execute wrongly.
+    """
+
+    def __init__(
+        self,
+        vcpu: VirtualCpu,
+        memory: GuestMemory,
+        blocks: BlockCache,
+        step_over: Callable[[tuple[Span, ...]], None],
+        *,
+        audit: bool,
+    ) -> None:
+        self.auditor = Auditor(blocks, memory.read, vcpu.number)
+        self._vcpu = vcpu
+        self._memory = memory
+        self._blocks = blocks
+        self._step_over = step_over
+        self._audit = audit
+        vcpu.free.on_translate = self._translated
+        vcpu.free.on_entry = self._entered
+
+    def _translated(self, gva: int, size: int) -> None:
+        """The engine has translated a block and is about to enter it."""
+        free, blocks = self._vcpu.free, self._blocks
+        spans = self._spans(gva, size)
+        mode_flags, mode = free.live.mode()
+        code = b"".join([self._memory.read(address, length) for address, length in spans])
+        block = blocks.create(gva, spans, mode_flags, mode, code, self._vcpu.number)
+        if blocks.overfull or not blocks.holds(block):
+            free.ask_to_stop()
+        if block_is_affected(code, 64 if mode == "long" else 32):
+            self._step_over(spans)
+            free.ask_to_stop()
+
+    def _entered(self, gva: int, size: int) -> None:
+        """The engine is about to execute a block."""
+        mode_flags, _ = self._vcpu.free.live.mode()
+        host = self._spans(gva, size)[0][0]
+        if self._audit:
+            self.auditor.enter(gva, host, mode_flags)
+        pace = self._vcpu.pace
+        if pace.counts:
+            block = self._blocks.find(gva, host, mode_flags, self._vcpu.number)
+            if block is None:
+                raise AuditError(f"the engine enters a block at {gva:#x} that the block cache does not hold")
+            pace.enter(block)
+
+    def _spans(self, gva: int, size: int) -> tuple[Span, ...]:
+        """Where the bytes of a block lie, by the pages that the engine fetched them from."""
+        fetch_host = self._vcpu.mmu.fetch_host
+        first = fetch_host(gva)
+        if first is not None and first % PAGE + size <= PAGE:
+            return ((first, size),)
+        spans = []
+        done = 0
+        while done < size:
+            host = fetch_host(gva + done)
+            if host is None:
+                raise AuditError(f"the engine translated code at {gva + done:#x} that it was never given")
+            length = min(size - done, PAGE - host % PAGE)
+            spans.append((host, length))
+            done += length
+        return tuple(spans)
+
+
+def reporting(frames: Frames, reporter: Reporter, *, several: bool) -> Callable[[str, Block, str], None]:
+    """What reports every event of a block; with ``several`` vCPUs also whose block it is."""
+
+    def report(event: str, block: Block, cause: str) -> None:
+        if reporter.observed:
+            gpa = frames.at(block.hpa).gpas[0] + block.hpa % PAGE
+            owner = block.vcpu if several else None
+            reporter.emit(
+                BlockEvent(event, block.number, gpa, block.gva, block.size, block.mode, cause, owner=owner)
+            )
+
+    return report
