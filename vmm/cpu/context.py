@@ -430,9 +430,9 @@ class Context:
         if now == before:
             return {}
         new = self.registers()
-        self._buffer[:] = before
+        ctypes.memmove(self.pointer, before, len(before))
         old = self.registers()
-        self._buffer[:] = now
+        ctypes.memmove(self.pointer, now, len(now))
         return {name: value for name, value in new.items() if value != old[name]}
 
     def registers(self) -> dict[str, int]:
