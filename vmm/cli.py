@@ -128,6 +128,11 @@ def guests(*, as_json: bool) -> None:
 @click.option("--input", metavar="FILE", help="What the guest reads at its input port; - is standard input.")
 @click.option("--time", metavar="SECONDS", help="What the guest's clock shows, in seconds since 1970.")
 @click.option("--seed", type=click.IntRange(0, (1 << 64) - 1), metavar="N", help="Another interleaving of the vCPUs.")
+@click.option(
+    "--coherence",
+    type=click.Choice(["coherent", "serialised", "explicit"]),
+    help="How late changed code may be seen, instead of the manifest's policy; stale execution is reported.",
+)
 @click.option("--all", "everything", is_flag=True, help="Show every record: fold no loops, cut nothing off.")
 @click.option("-q", "--quiet", is_flag=True, help="Show nothing but what is wrong.")
 @click.option("-v", "--verbose", is_flag=True, help="Tell on standard error what the VMM itself does.")

@@ -9,6 +9,7 @@ from typing import Final, Self
 from attrs import frozen
 
 from vmm.block_events import BlockEvents, reporting
+from vmm.coherence import Coherence, FetchSides, FetchView, Sanitizer
 from vmm.cpu.events import Event, EventType
 from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus
 from vmm.devices.from_manifest import attach_inputs
@@ -45,9 +46,9 @@ class RunOptions:
     ``audit`` checks the bytes of every block at every entry (slow). ``check`` verifies the rules of the trap after
     every transition. ``single_step`` executes everything on the stepping engine, one instruction at a time, as an
     oracle for the rest. ``block_events`` has every block event reported. ``capacity`` is that of the block cache, in
-    blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its schedule. ``input`` is
-    what the guest reads at its input port instead of the manifest's file, ``time`` what its clock shows, in nanoseconds
-    since 1970.
+    blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its schedule,
+    ``coherence`` its policy's model. ``input`` is what the guest reads at its input port instead of the manifest's
+    file, ``time`` what its clock shows, in nanoseconds since 1970.
     """
 
     audit: bool = False
@@ -57,6 +58,7 @@ class RunOptions:
     capacity: int = DEFAULT_CAPACITY
     seconds: float | None = None
     seed: int | None = None
+    coherence: Coherence | None = None
     input: bytes | None = None
     time: int | None = None
 
@@ -76,7 +78,9 @@ class Machine:
         self.inputs: Final = Inputs()
         self.reporter: Final = Reporter(guest.manifest.limits.exits, self.inputs)
         self.ports: Final = PortBus(self.inputs)
-        self.memory: Final = GuestMemory(state.memory + len(state.system.data))
+        model = self.options.coherence or Coherence(guest.manifest.policy.coherence)
+        twins = 0 if model is Coherence.COHERENT else len(state.cpus)
+        self.memory: Final = GuestMemory(state.memory + len(state.system.data), twins=twins)
         self._ram_size = state.memory
         self._system_gpa = state.system.gpa
         self.frames: Final = Frames(self._first_gpa)
@@ -89,12 +93,15 @@ class Machine:
             self.ept,
             self.frames,
             self.blocks,
+            home=self.memory.home,
             flush=self._flush,
             window_closed=lambda frame: self.door.journal_window(frame, self._current.mmu),
             reporter=self.reporter,
             check=self.options.check,
         )
         self.state: Final = RunState(self.reporter, self._stop_engines)
+        #: Watches for stale code under a weaker coherence model; None where code is coherent.
+        self.sanitizer: Final = None if model is Coherence.COHERENT else self._make_sanitizer(model, len(state.cpus))
         #: The vCPUs, by number.
         self.vcpus: Final = [self._make_vcpu(number) for number in range(len(state.cpus))]
         self.inputs.contexts = [vcpu.context for vcpu in self.vcpus]
@@ -103,7 +110,9 @@ class Machine:
         self.end: End | None = None
         self._events: Final = [self._hear(processor) for processor in self.loop.processors]
         if self.options.block_events:
-            self.blocks.observer = reporting(self.frames, self.reporter, several=self._several)
+            self.blocks.observer = reporting(
+                self.frames, self.reporter, self.memory.home, several=self._several
+            )
         self.console: Final = ConsolePort(self._print)
         self._printers: list[Callable[[bytes], None]] = []
         self._attach_devices()
@@ -291,6 +300,11 @@ class Machine:
                     self.control.move(frame, FrameState.SEALED, "seal")
 
     @property
+    def stale(self) -> int:
+        """Executions of stale code that were reported, under a weaker coherence model."""
+        return 0 if self.sanitizer is None else self.sanitizer.found
+
+    @property
     def audited(self) -> int:
         """Block entries that the auditor has checked."""
         return sum(events.auditor.entries for events in self._events)
@@ -324,6 +338,13 @@ class Machine:
 
     # Putting it together
 
+    def _make_sanitizer(self, model: Coherence, vcpus: int) -> Sanitizer:
+        sides = FetchSides(vcpus, self.memory, self.blocks, self._flush, self._forget_fetches)
+        sanitizer = Sanitizer(model, sides, self.memory, self.frames, self.reporter)
+        self.door.sanitizer = sanitizer
+        self.reporter.interactive = True  # so that what is stale is reported before the exit that comes after it
+        return sanitizer
+
     def _make_vcpu(self, number: int) -> VirtualCpu:
         exits = InstructionExits(self.ports, self.reporter)
         vcpu = VirtualCpu(
@@ -333,8 +354,10 @@ class Machine:
             self.blocks,
             exits,
             number=number,
-            hears_entries=self.options.audit or self._several,
+            hears_entries=self.options.audit or self._several or self.sanitizer is not None,
+            view=None if self.sanitizer is None else FetchView(self.sanitizer, number),
         )
+        vcpu.pace.counts = self._several or self.sanitizer is not None
         exits.instruction = vcpu.instruction
         self._exits.append(exits)
         return vcpu
@@ -427,6 +450,10 @@ class Machine:
     def _flush(self) -> None:
         for vcpu in self.vcpus:
             vcpu.free.flush_tlb()
+
+    def _forget_fetches(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.mmu.forget_all_fetches()
 
     def _stop_engines(self) -> None:
         for vcpu in self.vcpus:

@@ -55,11 +55,14 @@ def _sha256(data: bytes) -> str:
 def _header(machine: Machine, files: tuple[str, str | None], target: str | None) -> Header:
     guest, options = machine.guest, machine.options
     image, manifest = files
+    policy = attrs.asdict(guest.manifest.policy)
+    if options.coherence is not None:
+        policy["coherence"] = options.coherence.value
     return Header(
         guest=guest.name,
         image=image,
         memory=guest.manifest.machine.memory,
-        policy=attrs.asdict(guest.manifest.policy),
+        policy=policy,
         manifest=manifest,
         target=str(guest.manifest.path) if target is None else target,
         blocks=options.block_events,

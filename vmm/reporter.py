@@ -40,6 +40,7 @@ class Reporter:
         #: The vCPU at work, which records are to name; None on a machine that has only one.
         self.vcpu: int | None = None
         self._inputs = inputs
+        self._charged = 0
         self._observers: list[Observer] = []
         self._handlers: dict[type[Exit], list[Handler[Any]]] = {}
 
@@ -58,15 +59,20 @@ class Reporter:
         """One more exit."""
         self.counts[reason] += 1
         self.total += 1
-        if self.total > self.limit:
+        if self.total + self._charged > self.limit:
+            self.over_budget = True
+
+    def charge(self) -> None:
+        """Something that is no exit is reported: it counts against the budget of exits, so that a run ends."""
+        self._charged += 1
+        if self.total + self._charged > self.limit:
             self.over_budget = True
 
     def emit(self, record: Record) -> None:
         """Show a record to the observers."""
         if self.vcpu is not None:
             record = evolve(record, vcpu=self.vcpu)
-        for observer in self._observers:
-            observer(record)
+        self._show(record)
 
     def exit(self, record: Exit) -> Event | bool | None:
         """Show an exit to the observers, then to its handlers; what the first handler decides.

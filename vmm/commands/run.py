@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import evolve, frozen
 
+from vmm.coherence import Coherence
 from vmm.commands.diagnostics import Diagnostics
 from vmm.commands.given import parse_time, read_input
 from vmm.commands.interrupt import Interruption
@@ -55,6 +56,7 @@ class RunRequest:
     verbose: bool = False
     seconds: float | None = None
     seed: int | None = None
+    coherence: str | None = None
     capacity: int = DEFAULT_CAPACITY
     input: str | None = None
     time: str | None = None
@@ -71,6 +73,7 @@ class RunRequest:
             input=read_input(self.input),
             time=parse_time(self.time),
             seed=self.seed,
+            coherence=None if self.coherence is None else Coherence(self.coherence),
         )
 
 
@@ -160,7 +163,8 @@ class _Run:
         interruption.settle()
         self.log.tell("run ended", reason=end.reason, exits=machine.reporter.total)
         self._write_files(end, ranges)
-        outcome = judge(machine.guest.manifest, end)
+        stale = machine.stale if self.script is None else 0  # a script has the say
+        outcome = judge(machine.guest.manifest, end, stale=stale)
         if outcome.status is Status.INTERRUPTED:
             self.script = None  # a script says nothing about half a run
         status = self._conclude(outcome)

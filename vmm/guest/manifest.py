@@ -9,7 +9,7 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [[vcpu]]   the same, for each further vCPU
     [schedule] seed, quantum: how the vCPUs take turns
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
-    [policy]   reads, writes, code
+    [policy]   reads, writes, code, coherence
     [console]  port: what the guest writes there is its printed output
     [input]    port, file: what the guest reads there
     [clock]    port, time: where it reads the time
@@ -75,7 +75,7 @@ MANIFEST_LIMIT: Final = 1 << 20
 _MAPS_LIMIT: Final = 1024
 _MAPPED_LIMIT: Final = 4 << 30
 _NAME_LENGTH: Final = 100
-_POLICY_KEYS: Final = ("reads", "writes", "code")
+_POLICY_KEYS: Final = ("reads", "writes", "code", "coherence")
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
     *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "console", "input", "clock", "ipi", "end"),
@@ -163,6 +163,7 @@ class Policy:
     reads: Literal["step", "grant"] = "step"
     writes: Literal["step", "window", "adaptive"] = "step"
     code: Literal["load", "fetch"] = "fetch"
+    coherence: Literal["coherent", "serialised", "explicit"] = "coherent"
 
 
 @frozen(slots=True)
@@ -494,6 +495,7 @@ def _policy(table: Table, image: Image) -> Policy:
         reads=table.choice("reads", ("step", "grant"), default="step"),
         writes=table.choice("writes", ("step", "window", "adaptive"), default="step"),
         code=table.choice("code", ("load", "fetch"), default="load" if image.format == "elf64" else "fetch"),
+        coherence=table.choice("coherence", ("coherent", "serialised", "explicit"), default="coherent"),
     )
 
 

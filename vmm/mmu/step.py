@@ -88,6 +88,7 @@ class StepMemory:
 
     def fills_of(self, engine: SteppingEngine) -> Fill:
         """What answers the stepping engine's fills."""
+        side = self._mmu.fetch_side
 
         def fill(page: int, access: int) -> int:
             if access == FETCH and page != self._page and not self._reaches(page):
@@ -101,12 +102,16 @@ class StepMemory:
                 if not leaf & X and not self._is_opened_code(leaf, host):
                     self._mmu.refusal = Violation(page, access, translation.gpa, leaf, final=True)
                     return 0
+                if side is not None:
+                    host = side.host(host)
                 self._mmu.fetched(page, host)
                 return engine.latch(host, self._patch.get(page) if self._patch else None) | X
             if self._mmu.refuses(page, access, translation, leaf):
                 return 0
             if access == READ:
                 return host | R
+            if side is not None:
+                side.before_write(host, self._pc)
             self.written[page] = (translation.gpa, host)
             if host not in self.undo:
                 self.undo[host] = self._memory.read(host, PAGE)
