@@ -122,6 +122,7 @@ def guests(*, as_json: bool) -> None:
 )
 @click.option("--audit", is_flag=True, help="Check the bytes of each block whenever it is entered (slow).")
 @click.option("--check", is_flag=True, help="Check the rules of the trap after every transition.")
+@click.option("--no-traps", is_flag=True, help="Trap nothing and execute one instruction at a time: an oracle (slow).")
 @click.option("--blocks", is_flag=True, help="Record every translated block that is made or dropped.")
 @click.option("--seconds", type=float, metavar="S", help="Time limit instead of the manifest's.")
 @click.option("--capacity", type=int, metavar="N", help="How many translated blocks are kept.")

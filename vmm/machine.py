@@ -33,7 +33,7 @@ from vmm.scheduler import Scheduler
 from vmm.translation import BlockCache
 from vmm.translation.cache import DEFAULT_CAPACITY
 from vmm.trap.door import Door
-from vmm.trap.frames import RW, FrameControl, verify_frame
+from vmm.trap.frames import RW, RWX, FrameControl, verify_frame
 from vmm.trap.guard import StepGuard
 from vmm.trap.policy import Trap, TrapPolicy
 from vmm.vcpu import VirtualCpu, verify_engine
@@ -45,15 +45,17 @@ class RunOptions:
 
     ``audit`` checks the bytes of every block at every entry (slow). ``check`` verifies the rules of the trap after
     every transition. ``single_step`` executes everything on the stepping engine, one instruction at a time, as an
-    oracle for the rest. ``block_events`` has every block event reported. ``capacity`` is that of the block cache, in
-    blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its schedule,
-    ``coherence`` its policy's model. ``input`` is what the guest reads at its input port instead of the manifest's
-    file, ``time`` what its clock shows, in nanoseconds since 1970.
+    oracle for the rest; without ``traps`` it does so in memory that is readable, writable and executable, so that no
+    access is refused and nothing is recorded. ``block_events`` has every block event reported. ``capacity`` is that of
+    the block cache, in blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its
+    schedule, ``coherence`` its policy's model. ``input`` is what the guest reads at its input port instead of the
+    manifest's file, ``time`` what its clock shows, in nanoseconds since 1970.
     """
 
     audit: bool = False
     check: bool = False
     single_step: bool = False
+    traps: bool = True
     block_events: bool = False
     capacity: int = DEFAULT_CAPACITY
     seconds: float | None = None
@@ -79,6 +81,9 @@ class Machine:
         self.reporter: Final = Reporter(guest.manifest.limits.exits, self.inputs)
         self.ports: Final = PortBus(self.inputs)
         model = self.options.coherence or Coherence(guest.manifest.policy.coherence)
+        if not (self.options.traps or model is Coherence.COHERENT):
+            what = f"no traps in the coherence model {model.value}"
+            raise OptionError(what, where="options", fix="give one of the two: the model rests on traps")
         twins = 0 if model is Coherence.COHERENT else len(state.cpus)
         self.memory: Final = GuestMemory(state.memory + len(state.system.data), twins=twins)
         self._ram_size = state.memory
@@ -310,8 +315,8 @@ class Machine:
         return sum(events.auditor.entries for events in self._events)
 
     def verify(self) -> None:
-        """Check the rules of the trap for every frame; raises ``InvariantError``."""
-        for frame in self.frames:
+        """Check the rules of the trap for every frame, if there is a trap; raises ``InvariantError``."""
+        for frame in self.frames if self.options.traps else ():
             verify_frame(self.ept, self.blocks, frame)
 
     def _refuse_sealed(self, places: list[tuple[int, int, int]], what: str) -> None:
@@ -382,7 +387,8 @@ class Machine:
             self.reporter,
         )
         linear = GuestLinearMemory(self.memory, self.ept, vcpu.mmu, self.door, vcpu.context)
-        processor = Processor(vcpu, trap, self.blocks, self.reporter, linear, self.state, self.options.single_step)
+        stepped = self.options.single_step or not self.options.traps
+        processor = Processor(vcpu, trap, self.blocks, self.reporter, linear, self.state, stepped)
         self._exits[vcpu.number].inject = processor.pending.append
         return processor
 
@@ -407,13 +413,13 @@ class Machine:
 
     def _load(self, state: BootState) -> None:
         """Put the guest into memory and registers; image segments become code frames where the manifest says so."""
-        self.ept.map_range(0, 0, state.memory, RW)
+        self.ept.map_range(0, 0, state.memory, RW if self.options.traps else RWX)
         system = state.system
         self.ept.map_range(system.gpa, state.memory, len(system.data), RW)
         for gpa, data in state.writes:
             self.memory.write(gpa, data)
         self.memory.write(state.memory, system.data)
-        for gpa in state.code_frames:
+        for gpa in state.code_frames if self.options.traps else ():
             self.control.move(self.frames.at(gpa), FrameState.CODE, "image")
         for vcpu in self.vcpus:
             vcpu.reset_to(state)

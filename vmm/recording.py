@@ -68,6 +68,7 @@ def _header(machine: Machine, files: tuple[str, str | None], target: str | None)
         blocks=options.block_events,
         capacity=options.capacity,
         single_step=options.single_step,
+        traps=options.traps,
         seed=guest.manifest.schedule.seed if options.seed is None else options.seed,
         interactive=machine.reporter.interactive,
         exact_ports=tuple(machine.ports.exact_outside),

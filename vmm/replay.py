@@ -55,6 +55,7 @@ def machine_for(header: Header, guest: Guest, *, seconds: float | None = None) -
         manifest = evolve(manifest, policy=policy_from(dict(header.policy), manifest.image, "the trace's header"))
     options = RunOptions(
         single_step=header.single_step,
+        traps=header.traps,
         block_events=header.blocks,
         capacity=header.capacity,
         seed=header.seed,

@@ -49,8 +49,14 @@ def test_a_trace(vmm, tmp_path):
         "image": hashlib.sha256(image.read_bytes()).hexdigest(),
         "memory": 0x100000,
         "policy": {"reads": "step", "writes": "step", "code": "load", "coherence": "coherent"},
+        "manifest": hashlib.sha256(image.with_name("guest.toml").read_bytes()).hexdigest(),
+        "target": "alias-patch",
+        "options": {"blocks": False, "capacity": 65536, "single_step": False, "traps": True},
+        "seed": 0,
+        "interactive": False,
+        "exact_ports": [],
     }
-    numbers = [record["seq"] for record in records if record["kind"] != "console"]
+    numbers = [record["seq"] for record in records if record["kind"] not in ("console", "state")]
     assert numbers == list(range(1, len(numbers) + 1))
     assert records[-1] == {"seq": numbers[-1], "kind": "end", "reason": "port", "rip": 69797, "port": 244, "value": 130}
     assert [record["text"] for record in records if record["kind"] == "console"] == ["alias-patch sum 338350 -> 0x82\n"]
@@ -80,7 +86,7 @@ def test_a_state(vmm, tmp_path, guest):
 def test_standard_output_as_a_file(vmm, guest):
     result = vmm("run", guest(END_0X2A), "--trace", "-")
     kinds = [json.loads(line).get("kind") for line in result.stdout.splitlines()]
-    assert kinds == [None, "exit", "frame", "exit", "end"]
+    assert kinds == [None, "exit", "frame", "exit", "state", "end"]
     assert "written to port 0xf4" in result.stderr
 
 

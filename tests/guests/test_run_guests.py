@@ -21,6 +21,7 @@ WAYS = {
     "plain": (RunOptions(), {}),
     "audit and check": (tiny.STRICT, {}),
     "single step": (RunOptions(single_step=True, check=True), {}),
+    "no traps": (RunOptions(traps=False), {}),
     "four blocks": (RunOptions(capacity=4, audit=True, check=True), {}),
     "one block": (RunOptions(capacity=1, audit=True), {}),
     "window": (RunOptions(audit=True, check=True), {"writes": "window"}),

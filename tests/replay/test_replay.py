@@ -25,6 +25,7 @@ WAYS = {
     "blocks": RunOptions(block_events=True),
     "four blocks": RunOptions(capacity=4, block_events=True),
     "single step": RunOptions(single_step=True),
+    "no traps": RunOptions(traps=False),
 }
 
 

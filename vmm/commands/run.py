@@ -50,6 +50,7 @@ class RunRequest:
     hashes: tuple[str, ...] = ()
     audit: bool = False
     check: bool = False
+    no_traps: bool = False
     blocks: bool = False
     quiet: bool = False
     everything: bool = False
@@ -67,6 +68,7 @@ class RunRequest:
         return RunOptions(
             audit=self.audit,
             check=self.check,
+            traps=not self.no_traps,
             block_events=self.blocks,
             capacity=self.capacity,
             seconds=self.seconds,

@@ -35,6 +35,7 @@ class Header:
     blocks: bool
     capacity: int
     single_step: bool
+    traps: bool
     seed: int
     interactive: bool
     exact_ports: tuple[int, ...]
@@ -49,7 +50,12 @@ class Header:
             "policy": dict(self.policy),
             "manifest": self.manifest,
             "target": self.target,
-            "options": {"blocks": self.blocks, "capacity": self.capacity, "single_step": self.single_step},
+            "options": {
+                "blocks": self.blocks,
+                "capacity": self.capacity,
+                "single_step": self.single_step,
+                "traps": self.traps,
+            },
             "seed": self.seed,
             "interactive": self.interactive,
             "exact_ports": list(self.exact_ports),
@@ -73,6 +79,7 @@ class Header:
             blocks=_key(options, "blocks", bool),
             capacity=_number(options, "capacity", 1),
             single_step=_key(options, "single_step", bool),
+            traps=_key(options, "traps", bool),
             seed=_number(line, "seed", 0),
             interactive=_key(line, "interactive", bool),
             exact_ports=tuple(exact),

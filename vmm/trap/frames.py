@@ -15,6 +15,8 @@ from vmm.reporter import Reporter
 from vmm.translation import BlockCache
 
 RW: Final = Permission.R | Permission.W
+#: Of memory without traps, which nothing executes freely.
+RWX: Final = Permission.R | Permission.W | Permission.X
 RX: Final = Permission.R | Permission.X
 
 
