@@ -11,8 +11,9 @@ from attrs import frozen
 from vmm.block_events import BlockEvents, reporting
 from vmm.coherence import Coherence, FetchSides, FetchView, Sanitizer
 from vmm.cpu.events import Event, EventType
-from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus
+from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Workpiece
 from vmm.devices.from_manifest import attach_inputs
+from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
 from vmm.ept import ExtendedPageTables, Permission
 from vmm.ept.tables import GPA_LIMIT
 from vmm.errors import OptionError
@@ -20,6 +21,7 @@ from vmm.exits import End, FrameEvent, Record
 from vmm.guest import boot
 from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest, load_guest
+from vmm.guest.manifest import WorkpieceSpec
 from vmm.inputs import Alias, Answer, Inject, Inputs, Interrupt, Protect, Seal, Stop, Write
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
@@ -409,7 +411,13 @@ class Machine:
         if manifest.ipi.port is not None:
             ipi = InterprocessorPort(len(self.vcpus), lambda: self._current.number, self._raise_interrupt)
             self.ports.attach(ipi, manifest.ipi.port, inside=True)
+        if manifest.workpiece is not None:
+            self._attach_workpiece(manifest.workpiece)
         attach_inputs(self.ports, manifest, data=self.options.input, time=self.options.time)
+
+    def _attach_workpiece(self, spec: WorkpieceSpec) -> None:
+        workpiece = Workpiece(spec.port, spec.flaws, spec.lead, lambda: self._raise_interrupt(spec.vector, 0))
+        self.ports.attach(workpiece, spec.port, WORKPIECE_PORTS, inside=True)
 
     def _load(self, state: BootState) -> None:
         """Put the guest into memory and registers; image segments become code frames where the manifest says so."""

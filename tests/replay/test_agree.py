@@ -58,7 +58,7 @@ def test_all_agree_wherever_their_guests_are(nodes):
 def test_one_read_something_else(nodes):
     status, text = said(*nodes(b"ab", b"ab", b"aB", b"ab"))
     assert status == 1
-    assert text.startswith("3 of 4 nodes agree, 1 not\n")
+    assert text.startswith("3 of 4 nodes agree, 1 does not\n")
     assert "node1.jsonl node2.jsonl node4.jsonl: " in text
     assert "node3.jsonl read 0x42 from port 0xe0 where the others read 0x62" in text
     assert "  the first difference is after #3\n" in text
@@ -72,7 +72,7 @@ def test_one_was_given_less(nodes):
 def test_each_group_that_is_odd_gets_a_report(nodes):
     status, text = said(*nodes(b"a", b"b", b"a", b"c", b"a", b"b", b"a"))
     assert status == 1
-    assert "4 of 7 nodes agree, 3 not" in text
+    assert "4 of 7 nodes agree, 3 do not" in text
     assert "node2.jsonl node6.jsonl read 0x62 from port 0xe0 where the others read 0x61" in text
     assert "node4.jsonl read 0x63 from port 0xe0 where the others read 0x61" in text
 

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from recorded import CLOCK, INPUT, LEFT, guest, recorded, replayed, vmm
 
+from vmm.coherence import Coherence
 from vmm.cpu.events import Event, EventType, Vector
 from vmm.ept import Permission
 from vmm.exits import Cpuid, EptViolation, ExceptionExit, FrameEvent, Hlt, Vmcall
@@ -25,7 +26,7 @@ WAYS = {
     "blocks": RunOptions(block_events=True),
     "four blocks": RunOptions(capacity=4, block_events=True),
     "single step": RunOptions(single_step=True),
-    "no traps": RunOptions(traps=False),
+    "no traps": RunOptions(traps=False, coherence=Coherence.COHERENT),
 }
 
 

@@ -35,7 +35,8 @@ def agree(traces: Sequence[str], *, color: str) -> Status:
 def _count(found: Agreement, painter: Painter) -> None:
     most = len(found.groups[0].nodes)
     if found.has_majority:
-        painter.line(f"{most} of {found.count} nodes agree, {found.count - most} not", Style.STRONG)
+        others = found.count - most
+        painter.line(f"{most} of {found.count} nodes agree, {others} do{'es' * (others == 1)} not", Style.STRONG)
     else:
         painter.line(f"{found.count} nodes do not agree, and no majority of them does", Style.STRONG)
     painter.line()

@@ -6,6 +6,7 @@ from vmm.devices.console import ConsolePort
 from vmm.devices.debug_exit import DebugExit
 from vmm.devices.input_port import INPUT_LIMIT, InputPort
 from vmm.devices.interprocessor import InterprocessorPort
+from vmm.devices.workpiece import Workpiece
 
 __all__ = [
     "INPUT_LIMIT",
@@ -16,4 +17,5 @@ __all__ = [
     "InputPort",
     "InterprocessorPort",
     "PortBus",
+    "Workpiece",
 ]

@@ -14,6 +14,7 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [input]    port, file: what the guest reads there
     [clock]    port, time: where it reads the time
     [ipi]      port: interprocessor interrupts, and the number of the vCPU that asks
+    [workpiece] port, vector, lead, flaws: something for a guest to steer over
     [end]      port, value, halt
     [limits]   exits, seconds
 
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from attrs import field, frozen
 
+from vmm.devices.workpiece import PORTS
 from vmm.errors import ManifestError
 from vmm.guest.fields import PAGE, U16_MAX, U32_MAX, U64_MAX, Table, is_canonical
 from vmm.guest.files import one_line, read_file
@@ -76,10 +78,11 @@ _MAPS_LIMIT: Final = 1024
 _MAPPED_LIMIT: Final = 4 << 30
 _NAME_LENGTH: Final = 100
 _POLICY_KEYS: Final = ("reads", "writes", "code", "coherence")
+_FLAWS_LIMIT: Final = 1024
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
-    *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "console", "input", "clock", "ipi", "end"),
-    "limits",
+    *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "end", "limits"),
+    *("console", "input", "clock", "ipi", "workpiece"),
 )
 
 
@@ -181,6 +184,16 @@ class Ipi:
 
 
 @frozen(slots=True)
+class WorkpieceSpec:
+    """Flaws at (x, y) that a sensor finds ``lead`` positions ahead, raising the interrupt ``vector``."""
+
+    port: int
+    vector: int
+    lead: int
+    flaws: tuple[tuple[int, int], ...]
+
+
+@frozen(slots=True)
 class End:
     """What ends the run as expected: a byte on ``port`` (if given, ``value``), HLT with interrupts off."""
 
@@ -221,6 +234,7 @@ class Manifest:
     others: tuple[CpuSpec, ...] = ()
     schedule: Schedule = Schedule()
     ipi: Ipi = Ipi()
+    workpiece: WorkpieceSpec | None = None
     wrong_of: str = ""
 
     @property
@@ -272,8 +286,8 @@ def _manifest(top: Table, path: Path) -> Manifest:
     end = _end(top.table("end", ("port", "value", "halt")))
     console = _console(top.table("console", ("port",)), end)
     ipi = _ipi(top.table("ipi", ("port",)), end, console)
-    named = {"[console].port": console.port, "[end].port": end.port, "[ipi].port": ipi.port}
-    taken = {port: name for name, port in named.items() if port is not None}
+    workpiece = _workpiece(top, (end.port, console.port)) if "workpiece" in top else None
+    taken = _taken(end, console, ipi, workpiece)
     return Manifest(
         path=path,
         name=top.string("name", longest=_NAME_LENGTH),
@@ -291,8 +305,18 @@ def _manifest(top: Table, path: Path) -> Manifest:
         others=_others(top, machine, cpu),
         schedule=_schedule(top.table("schedule", ("seed", "quantum"))),
         ipi=ipi,
+        workpiece=workpiece,
         wrong_of=_wrong_of(top),
     )
+
+
+def _taken(end: End, console: Console, ipi: Ipi, workpiece: WorkpieceSpec | None) -> dict[int, str]:
+    """The ports that these devices have, and the key of each."""
+    named = {"[console].port": console.port, "[end].port": end.port, "[ipi].port": ipi.port}
+    taken = {port: name for name, port in named.items() if port is not None}
+    if workpiece is not None:
+        taken |= dict.fromkeys(range(workpiece.port, workpiece.port + PORTS), "[workpiece]'s")
+    return taken
 
 
 def _wrong_of(top: Table) -> str:
@@ -319,6 +343,19 @@ def _image(table: Table, machine: MachineSpec, folder: Path) -> Image:
         if key in table:
             raise table.error(key, "only flat images have it, ELF images carry their own", "remove it")
     return Image(form, file)
+
+
+def _workpiece(top: Table, taken: tuple[int | None, ...]) -> WorkpieceSpec:
+    table = top.table("workpiece", ("port", "vector", "lead", "flaws"))
+    spec = WorkpieceSpec(
+        port=table.integer("port", 0, U16_MAX + 1 - PORTS),
+        vector=table.integer("vector", 32, 0xFF),
+        lead=table.integer("lead", 0, U16_MAX, default=1),
+        flaws=table.pairs("flaws", U16_MAX, _FLAWS_LIMIT),
+    )
+    if any(port is not None and spec.port <= port < spec.port + PORTS for port in taken):
+        raise table.error("port", f"{spec.port:#x} and the {PORTS - 1} after it overlap another device", "move it")
+    return spec
 
 
 _CPU_KEYS: Final = ("entry", "cpl", "iopl", "registers", "idt", "rsp0")
