@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 import attrs
 from attrs import evolve, frozen
@@ -24,7 +24,8 @@ from vmm.trace.reading import BETWEEN, TraceLine, TraceReader
 
 if TYPE_CHECKING:
     from vmm.guest.loader import Guest
-    from vmm.trace.sink import Output, TraceSink
+    from vmm.trace.comparison import Difference
+    from vmm.trace.sink import Output
     from vmm.trace.whole import WholeTrace
 
 _RECORD_AGAIN: Final = "record the run again with `vmm run --trace`"
@@ -53,7 +54,10 @@ def machine_for(header: Header, guest: Guest, *, seconds: float | None = None) -
     manifest = guest.manifest
     if dict(header.policy) != attrs.asdict(manifest.policy):
         manifest = evolve(manifest, policy=policy_from(dict(header.policy), manifest.image, "the trace's header"))
+    # What devices say comes from the trace; the files that they would say it from may be gone.
     options = RunOptions(
+        input=None if manifest.input is None else b"",
+        time=None if manifest.clock is None else 0,
         single_step=header.single_step,
         traps=header.traps,
         block_events=header.blocks,
@@ -84,11 +88,11 @@ class Replay:
     """A machine that is given the inputs of a trace, and whose own trace is compared with it.
 
     ``keep``, if given, gets the new trace. Soon after the first difference, and where the recording was cut off, the
-    run is stopped. Close it after the run.
+    run is stopped. Within ``with``: ``begin``, run the machine, ``finish``.
     """
 
     def __init__(self, trace: WholeTrace, header: Header, machine: Machine, keep: Output | None = None) -> None:
-        self.comparison: Final = Comparison()
+        self._comparison = Comparison()
         self._cut = trace.cut
         self._over = trace.cut == 0
         self._machine = machine
@@ -97,7 +101,7 @@ class Replay:
         self._player = Player(trace.path, machine)
         self._recorded = self._lines()
         self._at = 0
-        self.sink: Final[TraceSink] = record(machine, self, target=header.target, batch=1)
+        self._sink = record(machine, self, target=header.target, batch=1)
         self._player.attach(acts=header.interactive)
         machine.observe(self._look)
 
@@ -105,13 +109,20 @@ class Replay:
         """Do what was done before the run."""
         self._player.perform()
         if self._over:
-            self._machine.stop()
+            self._stop()
 
-    def close(self) -> None:
-        """Close the trace, which must be done after the run; lines that it has beyond the new one's count."""
+    def finish(self) -> Difference | None:
+        """Say how the new trace compares, now that the run is over: the first difference, None if there is none."""
+        self._sink.flush()
         rest = next(self._recorded, None)
         if rest is not None and self._cut is None:
-            self.comparison.take(rest, None)
+            self._comparison.take(rest, None)
+        return self._comparison.difference()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
         self._reader.close()
         self._player.close()
 
@@ -121,7 +132,7 @@ class Replay:
             self._keep.write(data)
         for text in data.splitlines(keepends=True):
             self._at += 1
-            if not self._over and not self.comparison.complete:
+            if not self._over and not self._comparison.complete:
                 self._compare(TraceLine(self._at, text, json.loads(text)))
 
     def _lines(self) -> Iterator[TraceLine]:
@@ -129,12 +140,17 @@ class Replay:
         yield from self._reader.lines()
 
     def _compare(self, line: TraceLine) -> None:
-        self.comparison.take(next(self._recorded, None), line)
+        self._comparison.take(next(self._recorded, None), line)
         self._over = self._cut is not None and line.seq == self._cut and line.object.get("kind") not in BETWEEN
 
     def _look(self, _record: Record) -> None:
-        if (self._over or self.comparison.complete) and not self._machine.reporter.stopped:
-            self._machine.stop()
+        if (self._over or self._comparison.complete) and not self._machine.reporter.stopped:
+            self._stop()
+
+    def _stop(self) -> None:
+        """End the run, even where nobody may act on the guest and its exits are answered in the middle of a block."""
+        self._machine.stop()
+        self._machine.state.stop_engines()
 
 
 @frozen(slots=True)

@@ -74,13 +74,11 @@ def replayed(path: Path):
     found = load_guest(header.target)
     check_guest(trace, header, found)
     output = io.BytesIO()
-    with machine_for(header, found) as machine:
-        replay = Replay(trace, header, machine, output)
+    with machine_for(header, found) as machine, Replay(trace, header, machine, output) as replay:
         replay.begin()
         machine.run()
-        replay.sink.flush()
-        replay.close()
-    return output.getvalue(), replay.comparison.difference()
+        difference = replay.finish()
+    return output.getvalue(), difference
 
 
 def vmm(*arguments, given: bytes | None = None):

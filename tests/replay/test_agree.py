@@ -184,7 +184,7 @@ class TestBadInput:
     def test_one_that_is_not_there(self, nodes, tmp_path):
         assert vmm("agree", *nodes(b"a"), tmp_path / "none").exit_code == 2
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
     def test_damaged_ones(self, tmp_path, data):
         whole = tmp_path / "whole"
@@ -215,7 +215,7 @@ def test_long_traces_take_no_memory(nodes):
         return most
 
     short = peak(100)
-    assert peak(10_000) < short + 500_000
+    assert peak(2_000) < short + 100_000
 
 
 def test_a_folder_is_no_trace(tmp_path):

@@ -321,6 +321,9 @@ class TestDevices:
         manifest = folder / "guest.toml"
         manifest.write_text(manifest.read_text().replace("[input]", '[input]\nfile = "default"'))
         assert self.state(tmp_path, folder)["rbx"] == digest(b"default")
+        (folder / "default").rename(folder / "elsewhere")
+        assert vmm("replay", tmp_path / "t").exit_code == 0
+        assert vmm("run", "-q", folder).exit_code == 2
         assert self.state(tmp_path, folder, "--input", "-", given=b"other")["rbx"] == digest(b"other")
 
     def test_string_input_into_code_takes_each_byte_once(self, tmp_path):

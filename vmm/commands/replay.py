@@ -72,18 +72,16 @@ class _Replay:
         self, header: Header, trace: OutputFile | None, state: OutputFile | None, interruption: Interruption
     ) -> int:
         """Run, write the files, say how it compares."""
-        replay = Replay(self.recording, header, self.machine, trace)
-        replay.begin()
-        interruption.break_in = self.machine.break_in
-        end = run_to_end(self.machine)
-        interruption.settle()
-        replay.sink.flush()
-        replay.close()
+        with Replay(self.recording, header, self.machine, trace) as replay:
+            replay.begin()
+            interruption.break_in = self.machine.break_in
+            end = run_to_end(self.machine)
+            interruption.settle()
+            difference = replay.finish()
         if state is not None:
             state.write(encode(state_of(self.machine, end)))
         if end.reason == "interrupted":
             return SIGNALLED + interruption.received
-        difference = replay.comparison.difference()
         if difference is not None:
             self._show(difference)
             return Status.WRONG
