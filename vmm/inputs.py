@@ -166,6 +166,20 @@ class Seal(Input):
 
 
 @frozen(slots=True)
+class Approve(Input):
+    """The host let ``size`` bytes at ``gpa`` be executed, under a W^X policy."""
+
+    name: ClassVar[str] = "approve"
+
+    gpa: int
+    size: int
+
+    def apply(self, machine: Machine) -> None:
+        """Approve."""
+        machine.approve(self.gpa, self.size)
+
+
+@frozen(slots=True)
 class SetRegisters(Input):
     """A handler or an acting observer left registers of a vCPU with new values, by their names in a state file."""
 

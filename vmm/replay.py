@@ -53,7 +53,7 @@ def machine_for(header: Header, guest: Guest, *, seconds: float | None = None) -
     """A machine like the one that the trace was made with; raises ``InputError`` for a policy that there is not."""
     manifest = guest.manifest
     if dict(header.policy) != attrs.asdict(manifest.policy):
-        manifest = evolve(manifest, policy=policy_from(dict(header.policy), manifest.image, "the trace's header"))
+        manifest = evolve(manifest, policy=policy_from(dict(header.policy), manifest, "the trace's header"))
     # What devices say comes from the trace; the files that they would say it from may be gone.
     options = RunOptions(
         input=None if manifest.input is None else b"",

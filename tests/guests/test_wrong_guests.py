@@ -11,6 +11,7 @@ WRONG = {guest.name: guest for guest in bundled_guests() if guest.wrong_of}
 #: What the report must say of each.
 CAUSES: dict[str, str] = {
     "toolpath-unsynchronised": "the controller must synchronise after it",
+    "w-xor-x-rwx": "the page that the compiler writes its code to must not be executable while it is written",
 }
 
 each_wrong = pytest.mark.parametrize("name", WRONG)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from attrs import evolve, frozen
 
@@ -61,6 +61,7 @@ class RunRequest:
     capacity: int = DEFAULT_CAPACITY
     input: str | None = None
     time: str | None = None
+    wx: Literal["off", "fault", "stop"] | None = None
     color: str = "auto"
 
     def options(self) -> RunOptions:
@@ -76,6 +77,7 @@ class RunRequest:
             time=parse_time(self.time),
             seed=self.seed,
             coherence=None if self.coherence is None else Coherence(self.coherence),
+            wx=self.wx,
         )
 
 

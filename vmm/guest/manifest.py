@@ -9,7 +9,7 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [[vcpu]]   the same, for each further vCPU
     [schedule] seed, quantum: how the vCPUs take turns
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
-    [policy]   reads, writes, code, coherence
+    [policy]   reads, writes, code, coherence, wx
     [console]  port: what the guest writes there is its printed output
     [input]    port, file: what the guest reads there
     [clock]    port, time: where it reads the time
@@ -77,7 +77,7 @@ MANIFEST_LIMIT: Final = 1 << 20
 _MAPS_LIMIT: Final = 1024
 _MAPPED_LIMIT: Final = 4 << 30
 _NAME_LENGTH: Final = 100
-_POLICY_KEYS: Final = ("reads", "writes", "code", "coherence")
+_POLICY_KEYS: Final = ("reads", "writes", "code", "coherence", "wx")
 _FLAWS_LIMIT: Final = 1024
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
@@ -165,8 +165,14 @@ class Policy:
 
     reads: Literal["step", "grant"] = "step"
     writes: Literal["step", "window", "adaptive"] = "step"
-    code: Literal["load", "fetch"] = "fetch"
+    code: Literal["load", "fetch", "seal"] = "fetch"
     coherence: Literal["coherent", "serialised", "explicit"] = "coherent"
+    wx: Literal["off", "fault", "stop"] = "off"
+
+    @property
+    def loads_code(self) -> bool:
+        """Whether frames of executable segments are code from the start."""
+        return self.code != "fetch" or self.wx != "off"
 
 
 @frozen(slots=True)
@@ -238,6 +244,11 @@ class Manifest:
     wrong_of: str = ""
 
     @property
+    def has_page_tables(self) -> bool:
+        """Whether the guest starts with paging on."""
+        return _has_page_tables(self.machine, self.paging)
+
+    @property
     def cpus(self) -> tuple[CpuSpec, ...]:
         """All vCPUs, by number."""
         return (self.cpu, *self.others)
@@ -284,6 +295,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
     image = _image(top.table("image", ("format", "file", "load", "symbols")), machine, path.parent)
     cpu = _cpu(top.table("cpu", _CPU_KEYS, _CPU_HINTS), machine, image)
     end = _end(top.table("end", ("port", "value", "halt")))
+    paging = _paging(top, machine, cpu)
     console = _console(top.table("console", ("port",)), end)
     ipi = _ipi(top.table("ipi", ("port",)), end, console)
     workpiece = _workpiece(top, (end.port, console.port)) if "workpiece" in top else None
@@ -295,8 +307,8 @@ def _manifest(top: Table, path: Path) -> Manifest:
         image=image,
         machine=machine,
         cpu=cpu,
-        paging=_paging(top, machine, cpu),
-        policy=_policy(top.table("policy", _POLICY_KEYS), image),
+        paging=paging,
+        policy=_policy(top.table("policy", _POLICY_KEYS), machine, image, paging),
         console=console,
         input=input_of(top, path.parent, taken),
         clock=clock_of(top, taken),
@@ -518,22 +530,38 @@ def _check_linear(table: Table, machine: MachineSpec, first: int, last: int) -> 
         raise table.error("gva", what, "map somewhere else")
 
 
+def _has_page_tables(machine: MachineSpec, paging: Paging | None) -> bool:
+    return machine.mode == "long" or paging is not None
+
+
 def _last_linear(machine: MachineSpec) -> int:
     return U64_MAX if machine.mode == "long" else U32_MAX
 
 
-def policy_from(values: dict[str, Any], image: Image, origin: str) -> Policy:
-    """The policy that the values of a ``[policy]`` table make; raises ``ManifestError`` that names ``origin``."""
-    return _policy(Table(values, "[policy]", origin, _POLICY_KEYS), image)
+def policy_from(values: dict[str, Any], manifest: Manifest, origin: str) -> Policy:
+    """The policy that the values of a ``[policy]`` table make for the guest of a manifest.
+
+    Raises ``ManifestError`` that names ``origin``.
+    """
+    table = Table(values, "[policy]", origin, _POLICY_KEYS)
+    return _policy(table, manifest.machine, manifest.image, manifest.paging)
 
 
-def _policy(table: Table, image: Image) -> Policy:
-    return Policy(
+def _policy(table: Table, machine: MachineSpec, image: Image, paging: Paging | None) -> Policy:
+    policy = Policy(
         reads=table.choice("reads", ("step", "grant"), default="step"),
         writes=table.choice("writes", ("step", "window", "adaptive"), default="step"),
-        code=table.choice("code", ("load", "fetch"), default="load" if image.format == "elf64" else "fetch"),
+        code=table.choice("code", ("load", "fetch", "seal"), default="load" if image.format == "elf64" else "fetch"),
         coherence=table.choice("coherence", ("coherent", "serialised", "explicit"), default="coherent"),
+        wx=table.choice("wx", ("off", "fault", "stop"), default="off"),
     )
+    if policy.wx != "off" and not _has_page_tables(machine, paging):
+        what = "without page tables everything is writable and executable"
+        raise table.error("wx", what, "give the guest [paging], or remove wx")
+    if policy.wx != "off" and policy.coherence != "coherent":
+        what = "frames that must be approved have no stale code"
+        raise table.error("wx", what, 'remove wx, or set coherence = "coherent"')
+    return policy
 
 
 def _end(table: Table) -> End:
