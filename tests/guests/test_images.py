@@ -17,7 +17,7 @@ FOLDERS = sorted(manifest.parent for manifest in GUESTS.glob("*/guest.toml"))
 EXPECTED = {
     *("alias-patch", "breakpoint", "call-site", "decrypt", "implicit-stores", "lock-rmw", "mid-fault"),
     *("patch-ahead", "patch-next", "patch-self", "protected-mode", "read-code", "real-mode", "remap"),
-    *("rep-movs", "straddle", "three-aliases"),
+    *("rep-movs", "straddle", "three-aliases", "contract"),
 }
 
 _spec = importlib.util.spec_from_file_location("guests_build", GUESTS / "build.py")

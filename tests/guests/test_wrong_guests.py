@@ -10,6 +10,7 @@ from vmm.guest_run import run
 WRONG = {guest.name: guest for guest in bundled_guests() if guest.wrong_of}
 #: What the report must say of each.
 CAUSES: dict[str, str] = {
+    "contract-clock": "a contract may read nothing but its transactions",
     "toolpath-unsynchronised": "the controller must synchronise after it",
     "w-xor-x-rwx": "the page that the compiler writes its code to must not be executable while it is written",
 }
