@@ -1,4 +1,4 @@
-"""The command line: ``vmm guests``, ``vmm run``, ``vmm check``, ``vmm replay``, ``vmm agree``.
+"""The command line: ``vmm guests``, ``vmm run``, ``vmm check``, ``vmm replay``, ``vmm agree``, ``vmm audit``.
 
 Exit statuses: 0 the guest ended as its manifest says and the script holds; 1 it did not; 2 bad input; 3 the guest
 died (triple fault, a budget used up, memory that does not exist); 130 Ctrl-C. Bad input gets one line on standard
@@ -199,6 +199,22 @@ def agree(traces: tuple[str, ...], *, color: str) -> int:
     from vmm.commands.agree import agree  # noqa: PLC0415 - a command imports what it needs
 
     return agree(traces, color=color)
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--json", "as_json", is_flag=True, help="Write the findings as one JSON document.")
+@_color
+def audit(images: tuple[str, ...], *, as_json: bool, color: str) -> int:
+    """Say whether code in each IMAGE could change itself, without running it.
+
+    IMAGE is an ELF executable or shared object of any machine, or the name of a bundled guest.
+
+    Exit status: 0 no findings but notes; 1 findings; 2 bad input.
+    """
+    from vmm.commands.audit import audit as audit_images  # noqa: PLC0415 - a command imports what it needs
+
+    return audit_images(images, as_json=as_json, color=color)
 
 
 def _check_ranges(options: dict[str, Any]) -> None:

@@ -8,9 +8,15 @@ import stat
 import pytest
 from cli_guests import END_0X2A, ROOT
 
-from vmm.guest.loader import bundled_guests
+from vmm.guest.loader import bundled_guests, load_guest
 
 GUESTS = [entry.name for entry in bundled_guests()]
+RIGHT = {entry.name for entry in bundled_guests() if not entry.wrong_of}
+#: What else a run is given, so that nothing of it comes from the host.
+GIVEN = {
+    entry.name: ("--time", "1700000000") if load_guest(entry.path).manifest.clock is not None else ()
+    for entry in bundled_guests()
+}
 
 
 def trace_of(path):
@@ -22,10 +28,10 @@ def test_two_runs_give_the_same_bytes(vmm, tmp_path, name):
     files = []
     for turn in "ab":
         trace, state = tmp_path / f"{turn}.jsonl", tmp_path / f"{turn}.json"
-        result = vmm("run", name, "--blocks", "--trace", trace, "--state", state, "--hash", "0:0x20000")
-        assert result.exit_code == 0, result.output
+        result = vmm("run", name, *GIVEN[name], "--blocks", "--trace", trace, "--state", state, "--hash", "0:0x20000")
+        assert result.exit_code in ((0,) if name in RIGHT else (0, 1)), result.output
         shown = result.stdout.replace(str(trace), "T").replace(str(state), "S")
-        files.append((trace.read_bytes(), state.read_bytes(), shown))
+        files.append((result.exit_code, trace.read_bytes(), state.read_bytes(), shown))
     assert files[0] == files[1]
 
 
@@ -33,8 +39,8 @@ def test_two_runs_give_the_same_bytes(vmm, tmp_path, name):
 def test_looking_changes_nothing(vmm, tmp_path, name):
     """The state is the same, traced or not, shown or not."""
     quiet, seen = tmp_path / "quiet", tmp_path / "seen"
-    vmm("run", name, "--quiet", "--state", quiet, "--hash", "0:0x20000")
-    vmm("run", name, "--all", "--trace", tmp_path / "trace", "--state", seen, "--hash", "0:0x20000")
+    vmm("run", name, *GIVEN[name], "--quiet", "--state", quiet, "--hash", "0:0x20000")
+    vmm("run", name, *GIVEN[name], "--all", "--trace", tmp_path / "trace", "--state", seen, "--hash", "0:0x20000")
     assert quiet.read_bytes() == seen.read_bytes()
 
 
