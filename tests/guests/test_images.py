@@ -18,7 +18,7 @@ EXPECTED = {
     *("alias-patch", "breakpoint", "call-site", "cross-modify", "decrypt", "implicit-stores", "lazy-binding"),
     *("lock-rmw", "mid-fault"),
     *("patch-ahead", "patch-next", "patch-self", "protected-mode", "read-code", "real-mode", "remap"),
-    *("rep-movs", "shrink-wrap", "straddle", "three-aliases"),
+    *("rep-movs", "shrink-wrap", "straddle", "three-aliases", "contract"),
     *("translator", "translator-by-address", "cow-fork", "cow-fork-stale", "dual-mapping", "dual-mapping-rwx"),
 }
 

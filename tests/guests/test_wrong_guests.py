@@ -12,6 +12,7 @@ WRONG = {guest.name: guest for guest in bundled_guests() if guest.wrong_of}
 CAUSES: dict[str, str] = {
     "cross-modify-torn": "vCPU 1 has executed a mixture of two versions",
     "cross-modify-unsynchronised": "vCPU 1 has executed a version that was gone: it had not serialised since the patch",
+    "contract-clock": "a contract may read nothing but its transactions",
     "lazy-binding-open": "after a patch the page of the call site must be read-only again",
     "lazy-binding-torn": "a call site must be patched in one store",
     "shrink-wrap-clobber": "the cold path must save what the prologue no longer saves",
