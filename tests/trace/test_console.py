@@ -24,7 +24,11 @@ from vmm.trace.rendering import Entry, line_of
 
 def view_of(name, **options):
     """What a bundled guest's run looks like, line by line."""
-    machine = Machine.from_manifest(name)
+    return lines_of(Machine.from_manifest(name), **options)
+
+
+def lines_of(machine, **options):
+    """What a machine's run looks like, line by line."""
     text = []
     view = ConsoleView(machine, Painter(text.append, color=options.pop("color", False)), **options)
     machine.observe(view.record)
@@ -148,17 +152,18 @@ class TestSeveralVcpus:
         rows = [columns(text) for text in view_of("alias-patch")]
         assert not any(row[1].isdecimal() for row in rows if row[0].isdecimal())
 
+    def test_ten_need_two_digits(self):
+        made = tiny.build("hlt", others=[CpuSpec(tiny.CODE) for _ in range(10)])
+        halts = [line for line in lines_of(made.machine) if "HLT" in line]
+        assert {line.split()[1] for line in halts} == {str(number) for number in range(11)}
+        assert len({line.index("HLT") for line in halts}) == 1
+
     def test_what_two_print_is_not_mixed(self):
         both = "mov al, 0x61; out 0xe9, al; out 0xe9, al; hlt"
         other = CpuSpec(0x20000, registers={"rsp": tiny.STACK})
         maps = [tiny.map_page(0x20000, 0x20000)]
         made = tiny.build({tiny.CODE: both, 0x20000: both}, maps=maps, others=[other], schedule=Schedule(3, 2))
-        text = []
-        view = ConsoleView(made.machine, Painter(text.append, color=False))
-        made.machine.observe(view.record)
-        made.run()
-        view.finish()
-        prints = [columns(line) for line in "".join(text).splitlines() if "IO_INSTRUCTION" in line]
+        prints = [columns(line) for line in lines_of(made.machine) if "IO_INSTRUCTION" in line]
         assert sum(row[-1].count("a") for row in prints) == 4
         assert {row[1] for row in prints} == {"0", "1"}
         assert len(prints) > 2
