@@ -228,7 +228,8 @@ class Machine:
     def interrupt(self, vector: int, *, vcpu: int = 0) -> None:
         """Raise an external interrupt: delivered when RFLAGS.IF and the interrupt shadow of the vCPU allow it.
 
-        ``vector`` is 0 to 255; raises ``OptionError`` for others, and for a vCPU that there is not.
+        ``vector`` is 0 to 255. One that is pending already stays pending once; of several the highest is delivered
+        first. Raises ``OptionError`` for other vectors, and for a vCPU that there is not.
         """
         if not 0 <= vcpu < len(self.vcpus):
             fix = f"there are {len(self.vcpus)}, counted from 0"
@@ -349,6 +350,11 @@ class Machine:
         return 0 if self.sanitizer is None else self.sanitizer.found
 
     @property
+    def seed(self) -> int:
+        """The seed of the interleaving, from the options or the manifest: 64 bits."""
+        return self.guest.manifest.schedule.seed if self.options.seed is None else self.options.seed
+
+    @property
     def audited(self) -> int:
         """Block entries that the auditor has checked."""
         return sum(events.auditor.entries for events in self._events)
@@ -412,8 +418,7 @@ class Machine:
         return vcpu
 
     def _make_loop(self) -> RunLoop:
-        seed = self.guest.manifest.schedule.seed if self.options.seed is None else self.options.seed
-        scheduler = Scheduler(seed, self.guest.manifest.schedule.quantum)
+        scheduler = Scheduler(self.seed, self.guest.manifest.schedule.quantum)
         return RunLoop([self._make_processor(vcpu) for vcpu in self.vcpus], scheduler, self.state, self.reporter)
 
     def _make_processor(self, vcpu: VirtualCpu) -> Processor:
@@ -448,7 +453,7 @@ class Machine:
         )
 
     def _raise_interrupt(self, vector: int, vcpu: int) -> None:
-        self.loop.processors[vcpu].interrupts.append(vector)
+        self.loop.processors[vcpu].interrupts.add(vector)
 
     def _attach_devices(self) -> None:
         manifest = self.guest.manifest

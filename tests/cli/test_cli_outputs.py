@@ -6,7 +6,7 @@ import os
 import stat
 
 import pytest
-from cli_guests import END_0X2A, ROOT
+from cli_guests import END_0X2A, ROOT, TWO_VCPUS
 
 from vmm.guest.loader import bundled_guests, load_guest
 
@@ -42,6 +42,24 @@ def test_looking_changes_nothing(vmm, tmp_path, name):
     vmm("run", name, *GIVEN[name], "--quiet", "--state", quiet, "--hash", "0:0x20000")
     vmm("run", name, *GIVEN[name], "--all", "--trace", tmp_path / "trace", "--state", seen, "--hash", "0:0x20000")
     assert quiet.read_bytes() == seen.read_bytes()
+
+
+def test_several_vcpus(vmm, tmp_path, guest):
+    """Records say whose they are, the state has the registers of all, and the seed decides both."""
+    folder = guest(bytes.fromhex("b910000000 0f31 e2fc f4"), more=f"{TWO_VCPUS}[end]\nhalt = true")  # 16 RDTSC
+    traces, states = [], []
+    for turn, seed in enumerate((5, 5, 6)):
+        trace, state = tmp_path / f"{turn}.jsonl", tmp_path / f"{turn}.json"
+        result = vmm("run", folder, "-q", "--seed", seed, "--trace", trace, "--state", state)
+        assert result.exit_code == 0, result.output
+        traces.append([record.get("vcpu") for record in trace_of(trace)[1:]])
+        states.append(json.loads(state.read_text()))
+    assert traces[0] == traces[1] != traces[2]
+    assert set(traces[0]) == {0, 1}
+    assert [sorted(trace) for trace in traces] == 3 * [sorted(traces[0])]
+    for state in states:
+        assert state["registers"] == state["vcpus"][0]
+        assert [registers["rip"] for registers in state["vcpus"]] == [0x1000A, 0x1000A]
 
 
 def test_a_trace(vmm, tmp_path):

@@ -10,6 +10,8 @@ from vmm.guest_run import run
 WRONG = {guest.name: guest for guest in bundled_guests() if guest.wrong_of}
 #: What the report must say of each.
 CAUSES: dict[str, str] = {
+    "cross-modify-torn": "vCPU 1 has executed a mixture of two versions",
+    "cross-modify-unsynchronised": "vCPU 1 has executed a version that was gone: it had not serialised since the patch",
     "contract-clock": "a contract may read nothing but its transactions",
     "lazy-binding-open": "after a patch the page of the call site must be read-only again",
     "lazy-binding-torn": "a call site must be patched in one store",
