@@ -15,7 +15,7 @@ from vmm.exits import StaleExecution
 from vmm.guest.loader import bundled_guests
 from vmm.guest_run import run
 from vmm.machine import Machine, RunOptions
-from vmm.trace.sink import TraceSink, header
+from vmm.recording import record
 
 GUESTS = {guest.name: guest for guest in bundled_guests() if guest.name.startswith("cross-modify")}
 RIGHT = GUESTS["cross-modify"]
@@ -78,8 +78,7 @@ def test_two_runs_leave_the_same_trace(seed):
     def trace() -> bytes:
         with Machine.from_manifest(RIGHT.path, RunOptions(seed=seed, block_events=True)) as machine:
             output = io.BytesIO()
-            sink = TraceSink(output, header(machine.guest))
-            machine.observe(sink.record)
+            sink = record(machine, output)
             machine.run()
             sink.flush()
             return output.getvalue()
