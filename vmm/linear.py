@@ -9,7 +9,7 @@ from __future__ import annotations
 from attrs import define
 
 from vmm.cpu.context import Context
-from vmm.ept import ExtendedPageTables
+from vmm.ept import CLEAN, MISCONFIGURED, ExtendedPageTables
 from vmm.memory import PAGE, GuestMemory
 from vmm.mmu import Mmu, UnmappedStructure
 from vmm.paging import Access, walk
@@ -61,8 +61,10 @@ class GuestLinearMemory:
                     self.mmu, self.mmu.current_mode(), self.context.cr3, linear, access, user=user, implicit=not user
                 )
                 leaf = self.ept.translate(translation.gpa)
-                if not leaf:
+                if leaf in (0, MISCONFIGURED):
                     raise UnmappedStructure(translation.gpa, linear)
+                if leaf & CLEAN and access == Access.WRITE:
+                    leaf = self.ept.dirty(translation.gpa)
                 places.append((leaf & _LEAF_ADDRESS | offset, translation.gpa | offset, length))
                 done += length
         return places

@@ -11,8 +11,8 @@ from attrs import frozen
 from vmm.block_events import BlockEvents, reporting
 from vmm.cpu.events import Event, EventType
 from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus
-from vmm.ept import ExtendedPageTables, Permission
-from vmm.ept.tables import GPA_LIMIT
+from vmm.ept import PROFILES, EptProfile, ExtendedPageTables, Permission
+from vmm.ept.bits import GPA_LIMIT
 from vmm.errors import OptionError
 from vmm.exits import End, FrameEvent, Record
 from vmm.guest import boot
@@ -43,7 +43,8 @@ class RunOptions:
     ``audit`` checks the bytes of every block at every entry (slow). ``check`` verifies the rules of the trap after
     every transition. ``single_step`` executes everything on the stepping engine, one instruction at a time, as an
     oracle for the rest. ``block_events`` has every block event reported. ``capacity`` is that of the block cache, in
-    blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its schedule.
+    blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its schedule. ``ept``
+    is what the processor's EPT can do and what of it is enabled.
     """
 
     audit: bool = False
@@ -53,6 +54,7 @@ class RunOptions:
     capacity: int = DEFAULT_CAPACITY
     seconds: float | None = None
     seed: int | None = None
+    ept: EptProfile = PROFILES["default"]
 
 
 class Machine:
@@ -73,7 +75,7 @@ class Machine:
         self._ram_size = state.memory
         self._system_gpa = state.system.gpa
         self.frames: Final = Frames(self._first_gpa)
-        self.ept: Final = ExtendedPageTables()
+        self.ept: Final = ExtendedPageTables(self.options.ept, host_size=self.memory.size)
         self.blocks: Final = BlockCache(self._forget, capacity=self.options.capacity)
         self.door: Final = Door(self.memory, self.frames, self.blocks, self.reporter)
         self._several = len(state.cpus) > 1
@@ -294,12 +296,12 @@ class Machine:
         done = 0
         while done < size:
             where = gpa + done
-            entry = self.ept.entry(where) if 0 <= where < GPA_LIMIT else None
-            if entry is None or not entry.mapped:
+            page = self.ept.host_page(where)
+            if page is None:
                 what = f"GPA {where:#x} has no memory"
                 raise OptionError(what, where="guest memory", fix="stay inside the guest's RAM")
             length = min(size - done, PAGE - where % PAGE)
-            places.append((entry.address | where % PAGE, where, length))
+            places.append((page | where % PAGE, where, length))
             done += length
         return places
 
@@ -374,7 +376,8 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.reset_to(state)
         paging = self.guest.manifest.paging
-        if paging is not None and system.data:
+        # With EPT accessed and dirty flags each walk writes to the guest's tables, as far as the EPT is concerned.
+        if paging is not None and system.data and not self.ept.profile.accessed_dirty:
             for offset in range(PAGE, len(system.data), PAGE):
                 self.ept.protect(system.gpa + offset, Permission.R)
             mappings = [(m.gva, m.gpa, m.length) for m in paging.effective(state.memory)]

@@ -21,7 +21,7 @@ from vmm.paging.access import ErrorCode
 from vmm.reporter import Reporter
 from vmm.run_state import RunState
 from vmm.translation import BlockCache, Span
-from vmm.trap.policy import Trap, UnmappedAccess
+from vmm.trap.policy import DeniedAbove, Trap, UnmappedAccess
 from vmm.vcpu import VirtualCpu
 
 _UNDEFINED: Final = Event(Vector.UD, EventType.HARDWARE_EXCEPTION)
@@ -84,7 +84,7 @@ class Processor:
         try:
             outcome = self.trap.step()
         except UnmappedAccess as problem:
-            self._unmapped(problem.violation)
+            self._unmapped(problem)
             return None
         if outcome is None and decoded.is_hlt:
             return Stop.HALT
@@ -165,7 +165,7 @@ class Processor:
                 try:
                     self._answer(self.trap.answer(refusal))
                 except UnmappedAccess as problem:
-                    self._unmapped(problem.violation)
+                    self._unmapped(problem)
             case (GuestFault() | NonCanonical()) if self._is_early(refusal.page, refusal.access):
                 self._answer(self._step())
             case (GuestFault() | NonCanonical()) if refusal.access != FETCH and self._is_undefined():
@@ -286,12 +286,16 @@ class Processor:
         """The host has set up the EPT wrongly; only a handler can mend that."""
         self.reporter.count(ExitReason.EPT_MISCONFIGURATION)
         decision: Event | bool | None = None
+        gpa = refusal.gpa
+        if refusal.final:
+            gpa |= self.vcpu.instruction.faulting_address(refusal.page, refusal.access) & PAGE - 1
         if self.reporter.observed:
-            decision = self.reporter.exit(exits.EptMisconfiguration(rip=self.vcpu.context.pc, gpa=refusal.gpa))
+            decision = self.reporter.exit(exits.EptMisconfiguration(rip=self.vcpu.context.pc, gpa=gpa))
         if isinstance(decision, Event):
             self._deliver(decision)
         elif decision is None:
-            self.state.finish("EPT misconfiguration", {"gpa": refusal.gpa})
+            self.state.finish("EPT misconfiguration", {"gpa": gpa})
 
-    def _unmapped(self, violation: Violation) -> None:
-        self.state.finish("unmapped memory", {"gpa": violation.gpa, "gva": violation.page})
+    def _unmapped(self, problem: UnmappedAccess) -> None:
+        reason = "EPT violation" if isinstance(problem, DeniedAbove) else "unmapped memory"
+        self.state.finish(reason, {"gpa": problem.violation.gpa, "gva": problem.violation.page})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attrs import define
 
+from vmm.ept import MISCONFIGURED
 from vmm.errors import GuestError
 
 
@@ -29,7 +30,9 @@ class Violation:
     """The EPT does not allow the access: a VM exit is due.
 
     ``page`` is linear, ``gpa`` the page's (or, for a paging structure, the entry's) guest-physical address,
-    ``leaf`` what the EPT said (0: nothing mapped), ``final`` false for an access to a paging structure.
+    ``leaf`` what the EPT said (0: not present), ``final`` false for an access to a paging structure. ``modifies`` is
+    whether that one counts as a read and a write: an update of accessed and dirty flags, or any access with those of
+    the EPT on. ``advanced`` are bits 9 to 11 of the exit qualification, 0 on a processor without them.
     """
 
     page: int
@@ -37,25 +40,38 @@ class Violation:
     gpa: int
     leaf: int
     final: bool
+    modifies: bool = False
+    advanced: int = 0
 
 
 @define(slots=True, eq=False)
 class Misconfiguration:
-    """An EPT entry on the way has a setting that no processor supports (SDM vol. 3, 28.3.3.1): a VM exit is due."""
+    """An EPT entry on the way has a setting that the processor does not support (SDM vol. 3, 29.3.3.1).
+
+    A VM exit is due. ``gpa`` is as for a :class:`Violation`.
+    """
 
     page: int
+    access: int
     gpa: int
+    final: bool
 
 
 Refusal = GuestFault | NonCanonical | Violation | Misconfiguration
 
 
 class PagingStructureViolation(Exception):  # noqa: N818 - a guest-physical fault on its way out of a walk
-    """The EPT does not allow an access to a guest paging-structure entry."""
+    """The EPT does not allow an access to a guest paging-structure entry, or is misconfigured there."""
 
-    def __init__(self, gpa: int, access: int, leaf: int) -> None:
+    def __init__(self, gpa: int, access: int, leaf: int, *, modifies: bool) -> None:
         super().__init__(gpa, access, leaf)
-        self.gpa, self.access, self.leaf = gpa, access, leaf
+        self.gpa, self.access, self.leaf, self.modifies = gpa, access, leaf, modifies
+
+    def refusal(self, page: int) -> Violation | Misconfiguration:
+        """What it means for the access to a linear page that the walk was for."""
+        if self.leaf == MISCONFIGURED:
+            return Misconfiguration(page, self.access, self.gpa, final=False)
+        return Violation(page, self.access, self.gpa, self.leaf, final=False, modifies=self.modifies)
 
 
 class UnmappedStructure(GuestError):  # noqa: N818 - says what happened

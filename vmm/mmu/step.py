@@ -12,10 +12,10 @@ from vmm.cpu.context import Context
 from vmm.cpu.engine import FETCH, READ, R, W, X
 from vmm.cpu.stepping import SteppingEngine
 from vmm.decode import MAX_LENGTH, Decoded, decode
+from vmm.ept import CLEAN, MISCONFIGURED
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames, FrameState
 from vmm.mmu.instruction import CurrentInstruction
-from vmm.mmu.refusals import Violation
 from vmm.mmu.translation import LEAF_ADDRESS, PAGE_OFFSET, Control, Fill, Mmu
 
 _NOT_FETCHED: Final = (FrameState.DATA, FrameState.WINDOW)
@@ -98,8 +98,7 @@ class StepMemory:
             translation, leaf = found
             host = leaf & LEAF_ADDRESS
             if access == FETCH:
-                if not leaf & X and not self._is_opened_code(leaf, host):
-                    self._mmu.refusal = Violation(page, access, translation.gpa, leaf, final=True)
+                if self._mmu.refuses(page, access, translation, leaf) and not self._is_opened_code(leaf, host):
                     return 0
                 self._mmu.fetched(page, host)
                 return engine.latch(host, self._patch.get(page) if self._patch else None) | X
@@ -107,6 +106,8 @@ class StepMemory:
                 return 0
             if access == READ:
                 return host | R
+            if leaf & CLEAN:
+                self._mmu.used(translation.gpa, access, leaf)
             self.written[page] = (translation.gpa, host)
             if host not in self.undo:
                 self.undo[host] = self._memory.read(host, PAGE)
@@ -116,8 +117,10 @@ class StepMemory:
 
     def _is_opened_code(self, leaf: int, host: int) -> bool:
         """Whether a page that the EPT does not let be fetched is code that is open for this very instruction."""
+        if leaf in (0, MISCONFIGURED):
+            return False
         frame = self._frames.at(host)
-        return bool(leaf) and frame.state is FrameState.STEPPING and frame.resting not in _NOT_FETCHED
+        return frame.state is FrameState.STEPPING and frame.resting not in _NOT_FETCHED
 
     def _reaches(self, page: int) -> bool:
         """Whether the instruction itself lies on a linear page other than the one that it starts on.

@@ -15,7 +15,9 @@ from vmm.cpu.context import Context
 from vmm.cpu.engine import FETCH, READ, WRITE, Engine, R, W, X
 from vmm.cpu.free import FreeRunningEngine
 from vmm.decode import MAX_LENGTH, decode, operand_address
-from vmm.ept import ExtendedPageTables
+from vmm.ept import CLEAN, MISCONFIGURED, ExtendedPageTables
+from vmm.ept.bits import USER_EXECUTE
+from vmm.ept.qualification import advanced
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames
 from vmm.mmu.refusals import (
@@ -62,6 +64,12 @@ class Mmu:
         self._ept = ept
         self._frames = frames
         self._context = context
+        profile = ept.profile
+        #: What a fetch from a user-mode linear address needs (SDM vol. 3, 29.3.3.2).
+        self._user_fetch = USER_EXECUTE if profile.mode_based_execute else X
+        #: What an access to a guest paging structure needs: with EPT accessed and dirty flags it counts as a write.
+        self._structure = R | W if profile.accessed_dirty else R
+        self._advanced = profile.capabilities.advanced_information
         self._fetch_pages: dict[int, int] = {}
         self._fixed_root: int | None = None
         self._fixed: list[tuple[int, int, int]] = []
@@ -81,22 +89,42 @@ class Mmu:
             if found is None or self.refuses(page, access, *found):
                 return 0
             translation, leaf = found
+            if leaf & CLEAN:
+                leaf = self.used(translation.gpa, access, leaf)
             if access == FETCH:
                 self.fetched(page, leaf & LEAF_ADDRESS)
-                return leaf & (LEAF_ADDRESS | X | R * translation.readable)
+                return leaf & (LEAF_ADDRESS | R * translation.readable) | X
             return leaf & (LEAF_ADDRESS | R * translation.readable | W * translation.writable)
 
         return fill
 
     def refuses(self, page: int, access: int, translation: Translation, leaf: int) -> bool:
         """Whether the EPT does not allow the access; misconfiguration comes before violation."""
-        if leaf & (W | R) == W:
-            self.refusal = Misconfiguration(page, translation.gpa)
-            return True
-        if not leaf & _NEEDED[access]:
+        needed = self._user_fetch if access == FETCH and translation.user else _NEEDED[access]
+        if leaf & needed:
+            return False
+        if leaf == MISCONFIGURED:
+            self.refusal = Misconfiguration(page, access, translation.gpa, final=True)
+        else:
             self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
-            return True
-        return False
+            if self._advanced:
+                self.refusal.advanced = advanced(
+                    user=translation.user, read_write=translation.read_write, execute_disable=translation.nx
+                )
+        return True
+
+    def needed(self, violation: Violation) -> int:
+        """What all EPT entries have to allow for a refused access (bits 2:0 of an entry)."""
+        if not violation.final:
+            return self._structure | _NEEDED[violation.access]
+        return _NEEDED[violation.access]
+
+    def used(self, gpa: int, access: int, leaf: int) -> int:
+        """The leaf for the engine of a page whose EPT dirty flag is clear: a write sets it, all else must not hide one.
+
+        The engine's TLB hides what follows, so W is withheld until the first write.
+        """
+        return self._ept.dirty(gpa) if access == WRITE else leaf & ~W
 
     def fetched(self, page: int, host: int) -> None:
         """Remember where fetches of a page go, within bounds."""
@@ -133,12 +161,12 @@ class Mmu:
                 return None
             return self._translate_system(mode, cr3, page, access)
         except PagingStructureViolation as violation:
-            self.refusal = Violation(page, violation.access, violation.gpa, violation.leaf, final=False)
+            self.refusal = violation.refusal(page)
             return None
         leaf = self._ept.translate(translation.gpa)
         if fixed:
             self._fixed_walks[page, access, user] = translation
-        elif leaf:
+        elif leaf and leaf != MISCONFIGURED:
             self._frames.at(leaf).learn(root, page)
         return translation, leaf
 
@@ -178,15 +206,21 @@ class Mmu:
         except PageFault as fault:
             self.refusal = GuestFault(page, access, fault.error_code)
             return None
+        except PagingStructureViolation as violation:
+            self.refusal = violation.refusal(page)
+            return None
         return translation, self._ept.translate(translation.gpa)
 
     # The guest's page tables, behind the EPT (vmm.paging.PhysicalMemory)
 
     def load(self, gpa: int, size: int) -> int:
         """A paging-structure entry."""
-        leaf = self._ept.translate(gpa)
-        if not leaf & R and (self._writer is None or not leaf):
-            raise PagingStructureViolation(gpa, READ, leaf)
+        looking = self._writer is _NO_WRITER
+        leaf = self._ept.look(gpa) if looking else self._ept.translate(gpa)
+        if leaf & self._structure != self._structure and not self._reaches(leaf, READ):
+            raise PagingStructureViolation(gpa, READ, leaf, modifies=bool(self._structure & W))
+        if leaf & CLEAN and not looking:
+            leaf = self._ept.dirty(gpa)
         hpa = leaf & LEAF_ADDRESS | gpa & PAGE_OFFSET
         if size == 8:
             return self._memory.words[hpa >> 3]
@@ -195,8 +229,8 @@ class Mmu:
     def compare_and_store(self, gpa: int, size: int, old: int, new: int) -> None:
         """Set accessed and dirty flags in a paging-structure entry."""
         leaf = self._ept.translate(gpa)
-        if not leaf & W and (self._writer is None or not leaf):
-            raise PagingStructureViolation(gpa, WRITE, leaf)
+        if not leaf & W and not self._reaches(leaf, WRITE):
+            raise PagingStructureViolation(gpa, WRITE, leaf, modifies=True)
         hpa = leaf & LEAF_ADDRESS | gpa & PAGE_OFFSET
         if int.from_bytes(self._memory.read(hpa, size), "little") != old:
             raise EntryChanged(f"the paging-structure entry at GPA {gpa:#x} changed under a walk")
@@ -205,6 +239,16 @@ class Mmu:
             self._memory.write(hpa, data)
         else:
             self._writer.write([(hpa, gpa, data)], cause="page walk", mmu=self)
+
+    def _reaches(self, leaf: int, access: int) -> bool:
+        """Whether a walk may reach a paging structure although the EPT does not allow it.
+
+        The VMM's own may, and any may read in a code frame that was made R-X for walks: with EPT accessed and dirty
+        flags that would be a violation each time.
+        """
+        if not leaf or leaf == MISCONFIGURED:
+            return False
+        return self._writer is not None or (access == READ and bool(leaf & R) and self._frames.at(leaf).readable)
 
     @contextmanager
     def structure_access(self, writer: StructureWriter) -> Iterator[None]:
@@ -226,8 +270,8 @@ class Mmu:
                 )
         except (PageFault, PagingStructureViolation):
             return None
-        leaf = self._ept.translate(translation.gpa)
-        return leaf & LEAF_ADDRESS | gva & PAGE_OFFSET if leaf else None
+        leaf = self._ept.look(translation.gpa)
+        return leaf & LEAF_ADDRESS | gva & PAGE_OFFSET if leaf and leaf != MISCONFIGURED else None
 
     def code_bytes(self, gva: int) -> bytes:
         """Up to 15 bytes at the linear address of an instruction; short if it runs into an unmapped page."""

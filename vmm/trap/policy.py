@@ -21,6 +21,7 @@ from attrs import define, frozen
 
 from vmm.cpu.engine import FETCH, READ, WRITE, Stop
 from vmm.cpu.events import Event, EventType, Vector
+from vmm.ept.bits import PERMISSION_MASK, USER_EXECUTE
 from vmm.ept.qualification import encode
 from vmm.errors import OptionError
 from vmm.exits import EptViolation, ExitReason, Mtf
@@ -35,6 +36,7 @@ from vmm.trap.guard import StepGuard
 #: Trapped writes to one frame after which the adaptive policy opens a window.
 HOT_FRAME: Final = 16
 
+_ALLOWED: Final = PERMISSION_MASK | USER_EXECUTE
 _GENERAL_PROTECTION: Final = Event(Vector.GP, EventType.HARDWARE_EXCEPTION, 0)
 _READS: Final = ("step", "grant")
 _WRITES: Final = ("step", "window", "adaptive")
@@ -53,12 +55,16 @@ class TrapPolicy:
                 raise OptionError(f"{name} = {value!r}", where="policy", fix=f"choose one of {', '.join(choices)}")
 
 
-class UnmappedAccess(Exception):  # noqa: N818 - for the run loop, which ends the run
+class UnmappedAccess(Exception):  # noqa: N818 - for the processor, which ends the run
     """The guest reached for guest-physical memory that does not exist."""
 
     def __init__(self, violation: Violation) -> None:
         super().__init__(violation)
         self.violation = violation
+
+
+class DeniedAbove(UnmappedAccess):
+    """An EPT entry above the page's own forbids the access: only whoever wrote it can mend that."""
 
 
 @define(slots=True)
@@ -166,6 +172,8 @@ class Trap:
         host = self._host_of(violation)
         if host is None:
             raise UnmappedAccess(violation)
+        if not self.control.can_allow(violation.gpa, self.mmu.needed(violation)):
+            raise DeniedAbove(violation)
         return self.frames.at(host)
 
     def _host_of(self, violation: Violation) -> int | None:
@@ -227,11 +235,12 @@ class Trap:
             return None
         address = self.instruction.faulting_address(violation.page, violation.access)
         qualification = encode(
-            read=violation.access == READ,
-            write=violation.access == WRITE or modifies,
+            read=violation.access == READ or violation.modifies,
+            write=violation.access == WRITE or modifies or violation.modifies,
             fetch=violation.access == FETCH,
-            allowed=violation.leaf & 7,
+            allowed=violation.leaf & _ALLOWED,
             final=violation.final,
+            advanced=violation.advanced,
         )
         offset = address & PAGE - 1 if violation.final else 0
         decision = self.reporter.exit(
