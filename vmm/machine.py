@@ -266,6 +266,14 @@ class Machine:
             self.control.protect(self.frames.at(hpa), access, where & -PAGE)
         self._flush()
 
+    def invept(self) -> None:
+        """Forget every cached translation, as INVEPT does: what a change of entries in ``ept`` itself asks for.
+
+        ``ept.write_entry`` changes what the processor finds, whatever the state of the frames; to have a GPA lead
+        elsewhere for good, or to allow more or less, use ``alias`` and ``protect``, which know about code.
+        """
+        self._flush()
+
     def seal(self, gpa: int, size: int) -> None:
         """Make code final: every later store to these frames is refused, through whichever alias, for good."""
         for hpa, _, _ in self._places(gpa, size):

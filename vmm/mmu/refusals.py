@@ -30,9 +30,10 @@ class Violation:
     """The EPT does not allow the access: a VM exit is due.
 
     ``page`` is linear, ``gpa`` the page's (or, for a paging structure, the entry's) guest-physical address,
-    ``leaf`` what the EPT said (0: not present), ``final`` false for an access to a paging structure. ``modifies`` is
-    whether that one counts as a read and a write: an update of accessed and dirty flags, or any access with those of
-    the EPT on. ``advanced`` are bits 9 to 11 of the exit qualification, 0 on a processor without them.
+    ``leaf`` what the EPT said (0: not present), ``final`` false for an access to a paging structure. That one has
+    ``linear_access``, what the instruction was doing to the linear page, and ``modifies``, whether it counts as a read
+    and a write: an update of accessed and dirty flags, or any access with those of the EPT on. ``advanced`` are bits 9
+    to 11 of the exit qualification, 0 on a processor without them.
     """
 
     page: int
@@ -40,6 +41,7 @@ class Violation:
     gpa: int
     leaf: int
     final: bool
+    linear_access: int | None = None
     modifies: bool = False
     advanced: int = 0
 
@@ -67,11 +69,11 @@ class PagingStructureViolation(Exception):  # noqa: N818 - a guest-physical faul
         super().__init__(gpa, access, leaf)
         self.gpa, self.access, self.leaf, self.modifies = gpa, access, leaf, modifies
 
-    def refusal(self, page: int) -> Violation | Misconfiguration:
+    def refusal(self, page: int, access: int) -> Violation | Misconfiguration:
         """What it means for the access to a linear page that the walk was for."""
         if self.leaf == MISCONFIGURED:
             return Misconfiguration(page, self.access, self.gpa, final=False)
-        return Violation(page, self.access, self.gpa, self.leaf, final=False, modifies=self.modifies)
+        return Violation(page, self.access, self.gpa, self.leaf, False, access, self.modifies)  # noqa: FBT003 - final
 
 
 class UnmappedStructure(GuestError):  # noqa: N818 - says what happened

@@ -161,7 +161,7 @@ class Mmu:
                 return None
             return self._translate_system(mode, cr3, page, access)
         except PagingStructureViolation as violation:
-            self.refusal = violation.refusal(page)
+            self.refusal = violation.refusal(page, access)
             return None
         leaf = self._ept.translate(translation.gpa)
         if fixed:
@@ -207,7 +207,7 @@ class Mmu:
             self.refusal = GuestFault(page, access, fault.error_code)
             return None
         except PagingStructureViolation as violation:
-            self.refusal = violation.refusal(page)
+            self.refusal = violation.refusal(page, access)
             return None
         return translation, self._ept.translate(translation.gpa)
 

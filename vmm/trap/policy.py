@@ -224,6 +224,10 @@ class Trap:
             return False
         return self.instruction.modifies(self.instruction.faulting_address(violation.page, READ))
 
+    def _is_of_modification(self, violation: Violation, address: int) -> bool:
+        """Whether a refused store is the second half of a read-modify-write, which is both, whichever is refused."""
+        return violation.access == WRITE and self.instruction.modifies(address)
+
     def _guest_forbids(self, violation: Violation) -> bool:
         """Whether a read-modify-write is to a page that the guest itself may not write: its #PF comes first."""
         return self._modifies(violation) and self.mmu.forbids_write(violation.page)
@@ -233,10 +237,12 @@ class Trap:
         self.reporter.count(ExitReason.EPT_VIOLATION)
         if not self.reporter.observed:
             return None
-        address = self.instruction.faulting_address(violation.page, violation.access)
+        access = violation.access if violation.linear_access is None else violation.linear_access
+        address = self.instruction.faulting_address(violation.page, access)
+        both = violation.modifies or (violation.final and self._is_of_modification(violation, address))
         qualification = encode(
-            read=violation.access == READ or violation.modifies,
-            write=violation.access == WRITE or modifies or violation.modifies,
+            read=violation.access == READ or both,
+            write=violation.access == WRITE or modifies or both,
             fetch=violation.access == FETCH,
             allowed=violation.leaf & _ALLOWED,
             final=violation.final,
