@@ -12,6 +12,7 @@ from vmm.cpu.context import Context
 from vmm.ept import CLEAN, MISCONFIGURED, ExtendedPageTables
 from vmm.memory import PAGE, GuestMemory
 from vmm.mmu import Mmu, UnmappedStructure
+from vmm.mmu.refusals import PagingStructureViolation
 from vmm.paging import Access, walk
 from vmm.trap.door import Door
 
@@ -57,14 +58,19 @@ class GuestLinearMemory:
                 linear = address + done & wrap
                 offset = linear & PAGE - 1
                 length = min(size - done, PAGE - offset)
-                translation = walk(
-                    self.mmu, self.mmu.current_mode(), self.context.cr3, linear, access, user=user, implicit=not user
-                )
-                leaf = self.ept.translate(translation.gpa)
-                if leaf in (0, MISCONFIGURED):
-                    raise UnmappedStructure(translation.gpa, linear)
-                if leaf & CLEAN and access == Access.WRITE:
-                    leaf = self.ept.dirty(translation.gpa)
-                places.append((leaf & _LEAF_ADDRESS | offset, translation.gpa | offset, length))
+                gpa, leaf = self._translate(linear, access, user=user)
+                places.append((leaf & _LEAF_ADDRESS | offset, gpa | offset, length))
                 done += length
         return places
+
+    def _translate(self, linear: int, access: Access, *, user: bool) -> tuple[int, int]:
+        """The GPA of a linear page, and its leaf; raises ``PageFault``, and ``UnmappedStructure`` for the EPT."""
+        mode, cr3 = self.mmu.current_mode(), self.context.cr3
+        try:
+            gpa = walk(self.mmu, mode, cr3, linear, access, user=user, implicit=not user).gpa
+        except PagingStructureViolation as violation:
+            raise UnmappedStructure(violation.gpa, linear) from None
+        leaf = self.ept.translate(gpa)
+        if leaf in (0, MISCONFIGURED):
+            raise UnmappedStructure(gpa, linear)
+        return gpa, self.ept.dirty(gpa) if leaf & CLEAN and access == Access.WRITE else leaf

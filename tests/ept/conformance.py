@@ -73,6 +73,7 @@ class Bench:
 
     processor: Processor
     cpl: int
+    single_step: bool = False
     deviations: list[str] = field(factory=list)
     count: int = 0
     _expected: tuple = ()
@@ -91,7 +92,7 @@ class Bench:
         limits = Limits(exits=10_000_000, seconds=600.0)
         guest = tiny.guest(segments, cpl=self.cpl, paging=False, registers={"cr3": CR3}, limits=limits)
         guest = evolve(guest, manifest=evolve(guest.manifest, machine=MachineSpec(GIB, "long")))
-        self.machine = Machine(guest, RunOptions(ept=profile_of(self.processor)))
+        self.machine = Machine(guest, RunOptions(ept=profile_of(self.processor), single_step=self.single_step))
         self._make_tables()
         self._map_ways()
         self.machine.on(Vmcall)(lambda exit_record: self._came_out(exit_record, ("fine",)))

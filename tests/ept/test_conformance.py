@@ -33,16 +33,23 @@ def check(bench: Bench, cases: list[Case], record_property) -> None:
     assert bench.count == len(cases)
 
 
+@pytest.mark.parametrize("single_step", [False, True], ids=["free", "stepped"])
 @pytest.mark.parametrize("cpl", [0, 3])
 @pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS)
-def test_accesses(processor, cpl, record_property):
-    check(Bench(processor, cpl), [*final_cases(cpl, PLAIN), *linear_cases(cpl)], record_property)
+def test_accesses(processor, cpl, single_step, record_property):
+    bench = Bench(processor, cpl, single_step)
+    check(bench, [*final_cases(cpl, PLAIN), *linear_cases(cpl)], record_property)
 
 
 @pytest.mark.parametrize("cpl", [0, 3])
 @pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS)
 def test_accesses_to_the_guests_paging_structures(processor, cpl, record_property):
     check(Bench(processor, cpl), list(structure_cases(cpl, PLAIN)), record_property)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS)
+def test_accesses_to_the_guests_paging_structures_of_stepped_instructions(processor, record_property):
+    check(Bench(processor, 3, single_step=True), list(structure_cases(3, PLAIN)), record_property)
 
 
 @pytest.mark.parametrize("cpl", [0, 3])

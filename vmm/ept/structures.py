@@ -14,6 +14,7 @@ from vmm.ept.bits import (
     ADDRESS_MASK,
     DIRTY,
     ENTRIES,
+    EXECUTE,
     GPA_LIMIT,
     LARGE,
     LEVELS,
@@ -47,6 +48,8 @@ class PagingStructures:
     def __init__(self, rules: EntryRules, host_size: int) -> None:
         self.rules: Final = rules
         self._host_size = host_size
+        #: By permissions, the bits of an entry that allows so much; with mode-based execute control X stands for X, XU.
+        self.allow: Final = tuple(bits | (rules.present & USER_EXECUTE if bits & EXECUTE else 0) for bits in range(8))
         #: By host-physical address.
         self.tables: Final[dict[int, list[int]]] = {ROOT: [0] * ENTRIES}
         #: The place that a table was made for: its level and the first GPA that it translates. It is used nowhere else.
@@ -89,11 +92,6 @@ class PagingStructures:
         return table
 
     # Changing
-
-    def allow(self, permissions: Permission) -> int:
-        """The bits of an entry that allows so much; with mode-based execute control X stands for X and XU."""
-        allowed = int(permissions)
-        return allowed | self.rules.present & USER_EXECUTE if allowed & Permission.X else allowed
 
     def check_write(self, gpa: int, level: int, raw: int) -> None:
         """Raise ``OptionError`` for an entry that would lead the processor to a place that it should not reach."""
@@ -182,7 +180,7 @@ class PagingStructures:
     # Inside
 
     def _attributes(self, permissions: Permission) -> int:
-        return WRITE_BACK << MEMORY_TYPE_SHIFT | self.allow(permissions)
+        return WRITE_BACK << MEMORY_TYPE_SHIFT | self.allow[permissions]
 
     def _below(self, gpa: int, level: int, raw: int) -> list[int] | None:
         """The table that an entry of ``level`` for ``gpa`` refers to; None unless it was made for this place."""

@@ -20,6 +20,7 @@ from vmm.ept.bits import (
     LEVELS,
     MEMORY_TYPE_SHIFT,
     READ,
+    WRITE_BACK,
     page_mask,
     shift_of,
 )
@@ -38,6 +39,8 @@ MISCONFIGURED: Final = 1 << 3
 #: Accessed and dirty flags are on, and the page's dirty flag is clear: a write has to go through ``dirty`` first.
 CLEAN: Final = 1 << 4
 
+_WRITE_BACK: Final = WRITE_BACK << MEMORY_TYPE_SHIFT
+_NO_REGION: Final = (None, 0)
 _PAGE_IN_REGION: Final = (1 << 21) - PAGE
 
 
@@ -59,6 +62,12 @@ class ExtendedPageTables:
         self._needs_read: Final = self.rules.needs_read
         self._clean: Final = CLEAN if self.profile.accessed_dirty else 0
         self._pte_reserved: Final = self.rules.level(1).leaf_reserved
+        #: For ``protect``, a short cut: the bits of a PTE that decide about misconfigurations, besides permissions; and
+        #: by permissions, whether a PTE is then present and well-formed, so that it is the leaf but for what is above.
+        self._checked: Final = self._pte_reserved | 7 << MEMORY_TYPE_SHIFT
+        self._sound: Final = tuple(
+            bool(bits) and not self._clean and not self.rules.misconfigured(bits | _WRITE_BACK, 1) for bits in range(8)
+        )
 
     # The processor's way
 
@@ -96,7 +105,7 @@ class ExtendedPageTables:
 
     def allowed_above(self, gpa: int) -> int:
         """What the entries above the one that maps ``gpa`` allow together (bits 2:0 and 10); 0 if one ends the walk."""
-        region = self._regions.get(gpa >> 21, (None, 0))
+        region = self._regions.get(gpa >> 21, _NO_REGION)
         if region[0] is not None:
             return region[1]
         path = list(self.entries(gpa)) if gpa < GPA_LIMIT else [(LEVELS, 0)]
@@ -232,16 +241,17 @@ class ExtendedPageTables:
         With mode-based execute control X stands for supervisor- and user-mode linear addresses. Raises ``OptionError``
         where nothing is mapped.
         """
-        region = self._regions.get(gpa >> 21, (None, 0))
-        table = region[0] or self._page_table(gpa)
+        table, above = self._regions.get(gpa >> 21, _NO_REGION)
+        if table is None:
+            table, above = self._page_table(gpa), 0
         index = gpa >> 12 & ENTRIES - 1
         if not table or not table[index]:
             raise OptionError(f"GPA {gpa:#x} is not mapped", where="EPT", fix="map it first")
-        table[index] = table[index] & ~self._present | self._structures.allow(permissions)
-        if region[0] is None or self._clean:
-            self._leaves.pop(gpa >> 12, None)
+        raw = table[index] = table[index] & ~self._present | self._structures.allow[permissions]
+        if above and raw & self._checked == _WRITE_BACK and self._sound[permissions]:
+            self._leaves[gpa >> 12] = raw & (ADDRESS_MASK | above)
         else:
-            self._leaves[gpa >> 12] = self._leaf_of_page_table(table, index, region[1])
+            self._leaves.pop(gpa >> 12, None)
 
     def unmap(self, gpa: int) -> None:
         """Make a 4 KiB page not present; a large page that it lies in is split."""
@@ -314,7 +324,7 @@ class ExtendedPageTables:
         else:
             for page in [page for page in self._leaves if first <= page < first + count]:
                 del self._leaves[page]
-        if size > PAGE or self._regions.get(gpa >> 21, (None, 0))[0] is None:
+        if size > PAGE or self._regions.get(gpa >> 21, _NO_REGION)[0] is None:
             self._forget_regions(gpa, size)
 
     def _forget_regions(self, gpa: int, size: int) -> None:

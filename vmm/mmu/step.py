@@ -17,6 +17,7 @@ from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames, FrameState
 from vmm.mmu.instruction import CurrentInstruction
 from vmm.mmu.translation import LEAF_ADDRESS, PAGE_OFFSET, Control, Fill, Mmu
+from vmm.paging import Translation
 
 _NOT_FETCHED: Final = (FrameState.DATA, FrameState.WINDOW)
 
@@ -88,6 +89,7 @@ class StepMemory:
 
     def fills_of(self, engine: SteppingEngine) -> Fill:
         """What answers the stepping engine's fills."""
+        executable = self._mmu.executable
 
         def fill(page: int, access: int) -> int:
             if access == FETCH and page != self._page and not self._reaches(page):
@@ -98,7 +100,7 @@ class StepMemory:
             translation, leaf = found
             host = leaf & LEAF_ADDRESS
             if access == FETCH:
-                if self._mmu.refuses(page, access, translation, leaf) and not self._is_opened_code(leaf, host):
+                if leaf & executable != executable and self._refuses_fetch(page, translation, leaf):
                     return 0
                 self._mmu.fetched(page, host)
                 return engine.latch(host, self._patch.get(page) if self._patch else None) | X
@@ -115,11 +117,14 @@ class StepMemory:
 
         return fill
 
-    def _is_opened_code(self, leaf: int, host: int) -> bool:
-        """Whether a page that the EPT does not let be fetched is code that is open for this very instruction."""
+    def _refuses_fetch(self, page: int, translation: Translation, leaf: int) -> bool:
+        """Whether the EPT does not let a page be fetched, and it is not code that is open for this very instruction."""
+        return not self._is_opened_code(leaf) and self._mmu.refuses(page, FETCH, translation, leaf)
+
+    def _is_opened_code(self, leaf: int) -> bool:
         if leaf in (0, MISCONFIGURED):
             return False
-        frame = self._frames.at(host)
+        frame = self._frames.at(leaf)
         return frame.state is FrameState.STEPPING and frame.resting not in _NOT_FETCHED
 
     def _reaches(self, page: int) -> bool:

@@ -60,6 +60,8 @@ class Mmu:
         #: While the VMM itself walks on the guest's behalf, paging structures in code frames may be read, and what
         #: the walk changes in them goes here.
         self._writer: StructureWriter | None = None
+        #: How a walk finds its paging structures: as the processor, or setting no flags.
+        self._find = ept.translate
         self._memory = memory
         self._ept = ept
         self._frames = frames
@@ -67,6 +69,8 @@ class Mmu:
         profile = ept.profile
         #: What a fetch from a user-mode linear address needs (SDM vol. 3, 29.3.3.2).
         self._user_fetch = USER_EXECUTE if profile.mode_based_execute else X
+        #: What a leaf has that any fetch is allowed from.
+        self.executable: Final = X | self._user_fetch
         #: What an access to a guest paging structure needs: with EPT accessed and dirty flags it counts as a write.
         self._structure = R | W if profile.accessed_dirty else R
         self._advanced = profile.capabilities.advanced_information
@@ -215,12 +219,9 @@ class Mmu:
 
     def load(self, gpa: int, size: int) -> int:
         """A paging-structure entry."""
-        looking = self._writer is _NO_WRITER
-        leaf = self._ept.look(gpa) if looking else self._ept.translate(gpa)
-        if leaf & self._structure != self._structure and not self._reaches(leaf, READ):
-            raise PagingStructureViolation(gpa, READ, leaf, modifies=bool(self._structure & W))
-        if leaf & CLEAN and not looking:
-            leaf = self._ept.dirty(gpa)
+        leaf = self._find(gpa)
+        if leaf & (self._structure | CLEAN) != self._structure:
+            leaf = self._structure_leaf(gpa, leaf)
         hpa = leaf & LEAF_ADDRESS | gpa & PAGE_OFFSET
         if size == 8:
             return self._memory.words[hpa >> 3]
@@ -240,6 +241,12 @@ class Mmu:
         else:
             self._writer.write([(hpa, gpa, data)], cause="page walk", mmu=self)
 
+    def _structure_leaf(self, gpa: int, leaf: int) -> int:
+        """The leaf for an access to a paging structure that the EPT does not simply allow; raises the violation."""
+        if leaf & self._structure != self._structure and not self._reaches(leaf, READ):
+            raise PagingStructureViolation(gpa, READ, leaf, modifies=bool(self._structure & W))
+        return self._ept.dirty(gpa) if leaf & CLEAN and self._writer is not _NO_WRITER else leaf
+
     def _reaches(self, leaf: int, access: int) -> bool:
         """Whether a walk may reach a paging structure although the EPT does not allow it.
 
@@ -253,11 +260,13 @@ class Mmu:
     @contextmanager
     def structure_access(self, writer: StructureWriter) -> Iterator[None]:
         """Let walks reach paging structures in code frames, with their updates going to ``writer``."""
-        before, self._writer = self._writer, writer
+        before, self._writer, self._find = (self._writer, self._find), writer, self._ept.translate
+        if writer is _NO_WRITER:
+            self._find = self._ept.look
         try:
             yield
         finally:
-            self._writer = before
+            self._writer, self._find = before
 
     # Looking at the guest
 
