@@ -9,6 +9,7 @@ from vmm.errors import AuditError
 from vmm.exits import BlockEvent
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames
+from vmm.pace import places, width
 from vmm.reporter import Reporter
 from vmm.translation import Auditor, Block, BlockCache, Span
 from vmm.vcpu import VirtualCpu
@@ -17,7 +18,7 @@ from vmm.vcpu import VirtualCpu
 class BlockEvents:
     """Takes each new translation of a vCPU into the block cache; follows block entries where somebody wants that.
 
-    ``step_over`` has a block stepped that the engine would execute wrongly.
+    ``step_over`` has a block stepped that the engine would execute wrongly, or that synchronises.
     """
 
     def __init__(
@@ -25,7 +26,7 @@ class BlockEvents:
         vcpu: VirtualCpu,
         memory: GuestMemory,
         blocks: BlockCache,
-        step_over: Callable[[tuple[Span, ...]], None],
+        step_over: Callable[[tuple[Span, ...], str], None],
         *,
         audit: bool,
     ) -> None:
@@ -37,6 +38,7 @@ class BlockEvents:
         self._audit = audit
         vcpu.free.on_translate = self._translated
         vcpu.free.on_entry = self._entered
+        vcpu.pace.completed = self._completed
 
     def _translated(self, gva: int, size: int) -> None:
         """The engine has translated a block and is about to enter it."""
@@ -47,9 +49,29 @@ class BlockEvents:
         block = blocks.create(gva, spans, mode_flags, mode, code, self._vcpu.number)
         if blocks.overfull or not blocks.holds(block):
             free.ask_to_stop()
-        if block_is_affected(code, 64 if mode == "long" else 32):
-            self._step_over(spans)
+        cause = self._reason_to_step(code, mode)
+        if cause:
+            self._step_over(spans, cause)
             free.ask_to_stop()
+
+    def _reason_to_step(self, code: bytes, mode: str) -> str:
+        """Why the engine must not execute a block by itself; empty if it may."""
+        if block_is_affected(code, 64 if mode == "long" else 32):
+            return "engine defect"
+        view = self._vcpu.view
+        if view is not None and view.sanitizer.wants_steps(code, width(mode)):
+            return "synchronises"
+        return ""
+
+    def _completed(self, block: Block, count: int) -> None:
+        """Report what was stale of the first ``count`` instructions of a block."""
+        view = self._vcpu.view
+        if view is None or all(self._memory.home(start) == start for start, _ in block.spans):
+            return
+        for gva, spans in places(block, count):
+            found = view.look(gva, spans)
+            if found is not None and not view.report(found):
+                self._vcpu.free.ask_to_stop()
 
     def _entered(self, gva: int, size: int) -> None:
         """The engine is about to execute a block."""
@@ -82,12 +104,14 @@ class BlockEvents:
         return tuple(spans)
 
 
-def reporting(frames: Frames, reporter: Reporter, *, several: bool) -> Callable[[str, Block, str], None]:
+def reporting(
+    frames: Frames, reporter: Reporter, home: Callable[[int], int], *, several: bool
+) -> Callable[[str, Block, str], None]:
     """What reports every event of a block; with ``several`` vCPUs also whose block it is."""
 
     def report(event: str, block: Block, cause: str) -> None:
         if reporter.observed:
-            gpa = frames.at(block.hpa).gpas[0] + block.hpa % PAGE
+            gpa = frames.at(home(block.hpa)).gpas[0] + block.hpa % PAGE
             owner = block.vcpu if several else None
             reporter.emit(
                 BlockEvent(event, block.number, gpa, block.gva, block.size, block.mode, cause, owner=owner)

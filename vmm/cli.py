@@ -122,10 +122,16 @@ def guests(*, as_json: bool) -> None:
 )
 @click.option("--audit", is_flag=True, help="Check the bytes of each block whenever it is entered (slow).")
 @click.option("--check", is_flag=True, help="Check the rules of the trap after every transition.")
+@click.option("--no-traps", is_flag=True, help="Trap nothing and execute one instruction at a time: an oracle (slow).")
 @click.option("--blocks", is_flag=True, help="Record every translated block that is made or dropped.")
 @click.option("--seconds", type=float, metavar="S", help="Time limit instead of the manifest's.")
 @click.option("--capacity", type=int, metavar="N", help="How many translated blocks are kept.")
 @click.option("--seed", type=click.IntRange(0, (1 << 64) - 1), metavar="N", help="Another interleaving of the vCPUs.")
+@click.option(
+    "--coherence",
+    type=click.Choice(["coherent", "serialised", "explicit"]),
+    help="How late changed code may be seen, instead of the manifest's policy; stale execution is reported.",
+)
 @click.option("--all", "everything", is_flag=True, help="Show every record: fold no loops, cut nothing off.")
 @click.option("-q", "--quiet", is_flag=True, help="Show nothing but what is wrong.")
 @click.option("-v", "--verbose", is_flag=True, help="Tell on standard error what the VMM itself does.")

@@ -310,6 +310,44 @@ class Injection(Record):
 
 
 @frozen(slots=True)
+class StaleExecution(Record):
+    """An instruction was executed from bytes that memory does not hold any more (a weaker coherence model).
+
+    ``rip`` is its linear address, ``gpa`` that of its first stale piece; ``executed`` are the bytes that ran,
+    ``memory`` what memory holds. ``writer`` is the linear address of the instruction that wrote that (None: the host
+    did), ``writer_vcpu`` the vCPU at work then, ``instruction`` the number of its modification (None: the frame was
+    data at the time, and this is the first store to it), ``time`` how many exits there had been. ``missing`` says what
+    would have made the processor see it.
+    """
+
+    kind: ClassVar[str] = "stale"
+
+    rip: int
+    gpa: int
+    executed: bytes
+    memory: bytes
+    writer: int | None
+    writer_vcpu: int
+    instruction: int | None
+    time: int
+    missing: str
+
+    def _fields(self) -> Json:
+        return {
+            "kind": "stale",
+            "rip": self.rip,
+            "gpa": self.gpa,
+            "executed": self.executed.hex(),
+            "memory": self.memory.hex(),
+            "writer": self.writer,
+            "writer_vcpu": self.writer_vcpu,
+            "instruction": self.instruction,
+            "time": self.time,
+            "missing": self.missing,
+        }
+
+
+@frozen(slots=True)
 class End(Record):
     """How the run ended. ``detail`` carries what the reason defines (port and value, for one)."""
 

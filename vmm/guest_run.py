@@ -78,7 +78,7 @@ def run(
     with machine:
         end = machine.run()
     return GuestRun(
-        status=int(judge(guest.manifest, end).status),
+        status=int(judge(guest.manifest, end, stale=0 if scripted else machine.stale).status),
         end=end.to_json(),
         records=tuple(records),
         state=state_of(machine, end, ranges),

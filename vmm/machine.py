@@ -9,8 +9,10 @@ from typing import Final, Self
 from attrs import frozen
 
 from vmm.block_events import BlockEvents, reporting
+from vmm.coherence import Coherence, FetchSides, FetchView, Sanitizer
 from vmm.cpu.events import Event, EventType
-from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus
+from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Workpiece
+from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
 from vmm.ept import PROFILES, EptProfile, ExtendedPageTables, Permission
 from vmm.ept.bits import GPA_LIMIT
 from vmm.errors import OptionError
@@ -18,6 +20,7 @@ from vmm.exits import End, FrameEvent, Record
 from vmm.guest import boot
 from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest, load_guest
+from vmm.guest.manifest import WorkpieceSpec
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
@@ -30,7 +33,7 @@ from vmm.scheduler import Scheduler
 from vmm.translation import BlockCache
 from vmm.translation.cache import DEFAULT_CAPACITY
 from vmm.trap.door import Door
-from vmm.trap.frames import RW, FrameControl, verify_frame
+from vmm.trap.frames import RW, RWX, FrameControl, verify_frame
 from vmm.trap.guard import StepGuard
 from vmm.trap.policy import Trap, TrapPolicy
 from vmm.vcpu import VirtualCpu, verify_engine
@@ -42,18 +45,21 @@ class RunOptions:
 
     ``audit`` checks the bytes of every block at every entry (slow). ``check`` verifies the rules of the trap after
     every transition. ``single_step`` executes everything on the stepping engine, one instruction at a time, as an
-    oracle for the rest. ``block_events`` has every block event reported. ``capacity`` is that of the block cache, in
-    blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its schedule. ``ept``
-    is what the processor's EPT can do and what of it is enabled.
+    oracle for the rest; without ``traps`` it does so in memory that is readable, writable and executable, so that no
+    access is refused and nothing is recorded. ``block_events`` has every block event reported. ``capacity`` is that of
+    the block cache, in blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its
+    schedule, ``coherence`` its policy's model. ``ept`` is what the processor's EPT can do, and what of it is enabled.
     """
 
     audit: bool = False
     check: bool = False
     single_step: bool = False
+    traps: bool = True
     block_events: bool = False
     capacity: int = DEFAULT_CAPACITY
     seconds: float | None = None
     seed: int | None = None
+    coherence: Coherence | None = None
     ept: EptProfile = PROFILES["default"]
 
 
@@ -71,7 +77,12 @@ class Machine:
         state = boot.build(guest)
         self.reporter: Final = Reporter(guest.manifest.limits.exits)
         self.ports: Final = PortBus()
-        self.memory: Final = GuestMemory(state.memory + len(state.system.data))
+        model = self.options.coherence or Coherence(guest.manifest.policy.coherence)
+        if not (self.options.traps or model is Coherence.COHERENT):
+            what = f"no traps in the coherence model {model.value}"
+            raise OptionError(what, where="options", fix="give one of the two: the model rests on traps")
+        twins = 0 if model is Coherence.COHERENT else len(state.cpus)
+        self.memory: Final = GuestMemory(state.memory + len(state.system.data), twins=twins)
         self._ram_size = state.memory
         self._system_gpa = state.system.gpa
         self.frames: Final = Frames(self._first_gpa)
@@ -84,12 +95,15 @@ class Machine:
             self.ept,
             self.frames,
             self.blocks,
+            home=self.memory.home,
             flush=self._flush,
             window_closed=lambda frame: self.door.journal_window(frame, self._current.mmu),
             reporter=self.reporter,
             check=self.options.check,
         )
         self.state: Final = RunState(self.reporter, self._stop_engines)
+        #: Watches for stale code under a weaker coherence model; None where code is coherent.
+        self.sanitizer: Final = None if model is Coherence.COHERENT else self._make_sanitizer(model, len(state.cpus))
         #: The vCPUs, by number.
         self.vcpus: Final = [self._make_vcpu(number) for number in range(len(state.cpus))]
         self.loop: Final = self._make_loop()
@@ -97,7 +111,9 @@ class Machine:
         self.end: End | None = None
         self._events: Final = [self._hear(processor) for processor in self.loop.processors]
         if self.options.block_events:
-            self.blocks.observer = reporting(self.frames, self.reporter, several=self._several)
+            self.blocks.observer = reporting(
+                self.frames, self.reporter, self.memory.home, several=self._several
+            )
         self.console: Final = ConsolePort(self._print)
         self._printers: list[Callable[[bytes], None]] = []
         self._attach_devices()
@@ -282,13 +298,18 @@ class Machine:
                 self.control.move(frame, FrameState.SEALED, "seal")
 
     @property
+    def stale(self) -> int:
+        """Executions of stale code that were reported, under a weaker coherence model."""
+        return 0 if self.sanitizer is None else self.sanitizer.found
+
+    @property
     def audited(self) -> int:
         """Block entries that the auditor has checked."""
         return sum(events.auditor.entries for events in self._events)
 
     def verify(self) -> None:
-        """Check the rules of the trap for every frame; raises ``InvariantError``."""
-        for frame in self.frames:
+        """Check the rules of the trap for every frame, if there is a trap; raises ``InvariantError``."""
+        for frame in self.frames if self.options.traps else ():
             verify_frame(self.ept, self.blocks, frame)
 
     def _refuse_sealed(self, places: list[tuple[int, int, int]], what: str) -> None:
@@ -315,6 +336,13 @@ class Machine:
 
     # Putting it together
 
+    def _make_sanitizer(self, model: Coherence, vcpus: int) -> Sanitizer:
+        sides = FetchSides(vcpus, self.memory, self.blocks, self._flush, self._forget_fetches)
+        sanitizer = Sanitizer(model, sides, self.memory, self.frames, self.reporter)
+        self.door.sanitizer = sanitizer
+        self.reporter.interactive = True  # so that what is stale is reported before the exit that comes after it
+        return sanitizer
+
     def _make_vcpu(self, number: int) -> VirtualCpu:
         exits = InstructionExits(self.ports, self.reporter)
         vcpu = VirtualCpu(
@@ -324,8 +352,10 @@ class Machine:
             self.blocks,
             exits,
             number=number,
-            hears_entries=self.options.audit or self._several,
+            hears_entries=self.options.audit or self._several or self.sanitizer is not None,
+            view=None if self.sanitizer is None else FetchView(self.sanitizer, number),
         )
+        vcpu.pace.counts = self._several or self.sanitizer is not None
         exits.instruction = vcpu.instruction
         self._exits.append(exits)
         return vcpu
@@ -350,7 +380,8 @@ class Machine:
             self.reporter,
         )
         linear = GuestLinearMemory(self.memory, self.ept, vcpu.mmu, self.door, vcpu.context)
-        processor = Processor(vcpu, trap, self.blocks, self.reporter, linear, self.state, self.options.single_step)
+        stepped = self.options.single_step or not self.options.traps
+        processor = Processor(vcpu, trap, self.blocks, self.reporter, linear, self.state, stepped)
         self._exits[vcpu.number].inject = processor.pending.append
         return processor
 
@@ -370,16 +401,22 @@ class Machine:
                 len(self.vcpus), lambda: self._current.number, lambda vector, vcpu: self.interrupt(vector, vcpu=vcpu)
             )
             self.ports.attach(ipi, manifest.ipi.port)
+        if manifest.workpiece is not None:
+            self._attach_workpiece(manifest.workpiece)
+
+    def _attach_workpiece(self, spec: WorkpieceSpec) -> None:
+        workpiece = Workpiece(spec.port, spec.flaws, spec.lead, lambda: self.interrupt(spec.vector))
+        self.ports.attach(workpiece, spec.port, WORKPIECE_PORTS)
 
     def _load(self, state: BootState) -> None:
         """Put the guest into memory and registers; image segments become code frames where the manifest says so."""
-        self.ept.map_range(0, 0, state.memory, RW)
+        self.ept.map_range(0, 0, state.memory, RW if self.options.traps else RWX)
         system = state.system
         self.ept.map_range(system.gpa, state.memory, len(system.data), RW)
         for gpa, data in state.writes:
             self.memory.write(gpa, data)
         self.memory.write(state.memory, system.data)
-        for gpa in state.code_frames:
+        for gpa in state.code_frames if self.options.traps else ():
             self.control.move(self.frames.at(gpa), FrameState.CODE, "image")
         for vcpu in self.vcpus:
             vcpu.reset_to(state)
@@ -417,6 +454,10 @@ class Machine:
     def _flush(self) -> None:
         for vcpu in self.vcpus:
             vcpu.free.flush_tlb()
+
+    def _forget_fetches(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.mmu.forget_all_fetches()
 
     def _stop_engines(self) -> None:
         for vcpu in self.vcpus:

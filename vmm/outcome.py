@@ -52,10 +52,11 @@ class Outcome:
     complaint: str | None = None
 
 
-def judge(manifest: Manifest, end: End) -> Outcome:
+def judge(manifest: Manifest, end: End, *, stale: int = 0) -> Outcome:
     """Compare the end of a run with what the manifest asks for.
 
-    A run that a script or a handler stopped ended as it should: whoever stops it has the say.
+    A run that a script or a handler stopped ended as it should: whoever stops it has the say. ``stale`` counts the
+    executions of stale code that nobody expects.
     """
     what = describe(end)
     if end.reason in DEATHS:
@@ -65,6 +66,9 @@ def judge(manifest: Manifest, end: End) -> Outcome:
     if end.reason == "error":
         return Outcome(Status.WRONG, what, f"{end.detail['error']}: {end.detail['what']}")
     if end.reason == "stopped" or _is_wanted(manifest, end):
+        if stale:
+            words = f"{stale:,} execution{'' if stale == 1 else 's'} of stale code"
+            return Outcome(Status.WRONG, what, f"{words}: the guest changed code and did not synchronise")
         return Outcome(Status.OK, what)
     return Outcome(Status.WRONG, what, f"the guest ended by {what}; its manifest wants {_wanted(manifest)}")
 

@@ -11,25 +11,31 @@ of an event, SYSCALL, VMCALL) counts as one instruction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Final
 
 from vmm.decode import lengths
-from vmm.translation import Block
+from vmm.translation import Block, Span
 
 #: Widths of code segments by the last word of a CPU mode's name.
 _WIDTHS: Final = {"long": 64, "32": 32, "16": 16, "real": 16, "8086": 16}
 
 
 class Pace:
-    """Counts the instructions that a vCPU completes. ``stop`` stops its engine before the block being entered."""
+    """Counts the instructions that a vCPU completes. ``stop`` stops its engine before the block being entered.
+
+    ``completed`` is told of each block by how many of its instructions were executed.
+    """
 
     def __init__(self, stop: Callable[[], None]) -> None:
         #: Instructions completed since the start.
         self.retired = 0
         #: Whether what is left of the turn has to be stepped.
         self.in_tail = False
+        #: Whether instructions are counted at all.
+        self.counts = False
+        self.completed: Callable[[Block, int], None] | None = None
         self._stop = stop
         self._end: int | None = None
         self._block: Block | None = None
@@ -38,11 +44,6 @@ class Pace:
         """A turn of so many instructions, 1 or more."""
         self._end = self.retired + instructions
         self.in_tail = False
-
-    @property
-    def counts(self) -> bool:
-        """Whether instructions are counted at all."""
-        return self._end is not None
 
     @property
     def is_over(self) -> bool:
@@ -70,10 +71,10 @@ class Pace:
         at = block.gva
         for done, (length, _) in enumerate(_instructions(block)):
             if at == pc:
-                self.retired += done
+                self._retire(block, done)
                 return
             at += length
-        self.retired += len(_instructions(block))
+        self._retire(block, len(_instructions(block)))
 
     def step(self, *, moved: bool, repeats: bool, complete: bool) -> None:
         """One instruction was stepped: whether RIP ``moved``, it is a string one, nothing kept it from completing."""
@@ -87,11 +88,29 @@ class Pace:
         instructions = _instructions(block)
         length, repeats = instructions[-1]
         goes_on = repeats and successor == block.gva + block.size - length
-        self.retired += len(instructions) - goes_on
+        self._retire(block, len(instructions) - goes_on)
+
+    def _retire(self, block: Block, count: int) -> None:
+        self.retired += count
+        if self.completed is not None:
+            self.completed(block, count)
+
+
+def places(block: Block, count: int) -> Iterator[tuple[int, tuple[Span, ...]]]:
+    """(linear address, where it was fetched from) of the first ``count`` instructions of a block."""
+    at = 0
+    for length, _ in _instructions(block)[:count]:
+        yield block.gva + at, block.cut(at, length)
+        at += length
 
 
 def _instructions(block: Block) -> tuple[tuple[int, bool], ...]:
-    return _decoded(block.code, _WIDTHS[block.mode.rpartition("-")[2]])
+    return _decoded(block.code, width(block.mode))
+
+
+def width(mode: str) -> int:
+    """The width of a code segment in a CPU mode: 16, 32 or 64."""
+    return _WIDTHS[mode.rpartition("-")[2]]
 
 
 @lru_cache(maxsize=16384)

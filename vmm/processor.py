@@ -14,6 +14,7 @@ from vmm.cpu.engine import FETCH, READ, Stop
 from vmm.cpu.events import Event, EventType, Vector
 from vmm.cpu.state import LinearMemory
 from vmm.cpu.syscall import syscall
+from vmm.decode import Decoded
 from vmm.exits import ExitReason
 from vmm.memory import PAGE
 from vmm.mmu import GuestFault, Misconfiguration, NonCanonical, UnmappedStructure, Violation
@@ -48,7 +49,7 @@ class Processor:
     interrupts: deque[int] = field(factory=deque)
     #: Whether it waits at a HLT.
     halted: bool = False
-    _stepped_block: tuple[Span, ...] = ()
+    _stepped_block: tuple[tuple[Span, ...], str] = ((), "")
 
     @property
     def ready(self) -> bool:
@@ -80,31 +81,39 @@ class Processor:
         """Execute exactly one instruction; None if it completed."""
         context = self.vcpu.context
         decoded = self.vcpu.instruction.decoded
+        view, pc = self.vcpu.view, context.pc
+        code, bits = (self.vcpu.instruction.code, context.code_bits) if view is not None else (b"", 64)
         control = (context.cr0, context.cr3, context.cr4)
         try:
             outcome = self.trap.step()
         except UnmappedAccess as problem:
             self._unmapped(problem)
             return None
+        if view is not None and (outcome is None or context.pc != pc):
+            view.synchronised(code, bits, lambda: self._line_of(decoded))
         if outcome is None and decoded.is_hlt:
             return Stop.HALT
         if decoded.changes_mappings or control != (context.cr0, context.cr3, context.cr4):
             self.vcpu.free.flush_tlb()
         return outcome
 
-    def step_over(self, spans: tuple[Span, ...]) -> None:
+    def _line_of(self, decoded: Decoded) -> int | None:
+        """The HPA that the memory operand of an instruction names; None if nothing is mapped there."""
+        return self.vcpu.mmu.peek(self.vcpu.instruction.address_of(decoded.operands[0]))
+
+    def step_over(self, spans: tuple[Span, ...], cause: str) -> None:
         """Have the block that is about to be entered stepped instead of executed freely, each time."""
-        self._stepped_block = spans
+        self._stepped_block = spans, cause
 
     def _step_block(self) -> Stop | Event | None:
-        """Step until the guest leaves a block that the engine would execute wrongly; the block is forgotten."""
-        spans, self._stepped_block = self._stepped_block, ()
+        """Step until the guest leaves a block that must not be executed freely; the block is forgotten."""
+        (spans, cause), self._stepped_block = self._stepped_block, ((), "")
         for address, size in spans:
-            self.blocks.evict(address, size, "engine defect")
+            self.blocks.evict(address, size, cause)
         outcome = None
         while outcome is None and not self._is_wanted_outside:
             outcome = self._step()
-            here = self.vcpu.mmu.peek(self.vcpu.context.pc)
+            here = self.vcpu.mmu.fetch_host(self.vcpu.context.pc)
             if here is None or not any(address <= here < address + size for address, size in spans):
                 break
         return outcome
@@ -154,7 +163,7 @@ class Processor:
                 self._answer(self._step())
             case Stop.ASKED:
                 self.blocks.trim()
-                if self._stepped_block:
+                if self._stepped_block[0]:
                     self._answer(self._step_block())
 
     def _refused(self) -> None:

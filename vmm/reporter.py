@@ -38,6 +38,7 @@ class Reporter:
         self.stopped = False
         #: The vCPU at work, which records are to name; None on a machine that has only one.
         self.vcpu: int | None = None
+        self._charged = 0
         self._observers: list[Observer] = []
         self._handlers: dict[type[Exit], list[Handler[Any]]] = {}
 
@@ -56,7 +57,13 @@ class Reporter:
         """One more exit."""
         self.counts[reason] += 1
         self.total += 1
-        if self.total > self.limit:
+        if self.total + self._charged > self.limit:
+            self.over_budget = True
+
+    def charge(self) -> None:
+        """Something that is no exit is reported: it counts against the budget of exits, so that a run ends."""
+        self._charged += 1
+        if self.total + self._charged > self.limit:
             self.over_budget = True
 
     def emit(self, record: Record) -> None:

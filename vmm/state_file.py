@@ -73,6 +73,7 @@ def counters_of(machine: Machine) -> Json:
         "exits": machine.reporter.total,
         "exits_by_reason": {reason.name: counts[reason] for reason in sorted(counts)},
         "modifications": machine.door.modifications,
+        **({} if machine.sanitizer is None else {"stale": machine.sanitizer.found}),
         "blocks": {
             "created": blocks.created,
             "live": len(machine.blocks),

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from vmm.coherence import FetchView
 from vmm.cpu import binding as b
 from vmm.cpu import layout
 from vmm.cpu.context import Context
 from vmm.cpu.early_flags import computes_flags, is_conditional_store
 from vmm.cpu.engine import Engine, Stop
-from vmm.cpu.events import Event, EventType
+from vmm.cpu.events import Event, EventType, Vector
 from vmm.cpu.free import FreeRunningEngine
 from vmm.cpu.state import SegmentName
 from vmm.cpu.stepping import SteppingEngine
 from vmm.ept import ExtendedPageTables
+from vmm.exits import StaleExecution
 from vmm.guest.boot import BootState
-from vmm.memory import GuestMemory
+from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames
 from vmm.mmu import CurrentInstruction, Mmu, StepMemory
 from vmm.pace import Pace
@@ -59,13 +61,17 @@ class VirtualCpu:
         *,
         number: int,
         hears_entries: bool,
+        view: FetchView | None = None,
     ) -> None:
         self.number = number
+        #: What it fetches under a weaker coherence model; None if it is coherent.
+        self.view = view
         self._blocks = blocks
         self.free = FreeRunningEngine(memory, hears_entries=hears_entries)
         self.stepping = SteppingEngine(memory)
         self.context = Context(self.free.handle)
         self.mmu = Mmu(memory, ept, frames, self.context)
+        self.mmu.fetch_side = view
         #: Whether the last instruction was stepped, not free-run.
         self.stepped = False
         self.free.environment = _Environment(platform, self.free, exact=False)
@@ -81,11 +87,21 @@ class VirtualCpu:
         self.stepped = True
         flags, pc = self.context.raw_flags, self.context.pc
         repeats = self.pace.counts and self.instruction.decoded.repeats
+        stale = None if self.view is None else self._look(self.view, self.instruction.decoded.length)
         stop = self.stepping.step(self.context)
         if stop is Stop.REFUSED:
             self.context.raw_flags = flags  # quirk "early-flags"
         self.pace.step(moved=self.context.pc != pc, repeats=repeats, complete=stop is Stop.STEPPED)
+        if stale is not None and self.view is not None and stop is not Stop.REFUSED:
+            self.view.report(stale)
         return stop
+
+    def _look(self, view: FetchView, length: int) -> StaleExecution | None:
+        """What there is to report if the instruction at RIP, of so many bytes, is executed."""
+        pc = self.context.pc
+        room = min(length, PAGE - pc % PAGE)
+        hosts = [(self.mmu.fetch_host(pc), room), (self.mmu.fetch_host(pc + room), length - room)]
+        return view.look(pc, [(host, size) for host, size in hosts if host is not None and size])
 
     def close(self) -> None:
         """Give both engines' memory back."""
@@ -116,7 +132,17 @@ class VirtualCpu:
         self.pace.leave(self.context.pc)
         if stop is Stop.REFUSED:
             self._mend_flags()
+        elif self.view is not None and self._is_raised_here(stop):
+            stale = self._look(self.view, self.instruction.decoded.length)
+            if stale is not None:
+                self.view.report(stale)
         return stop
+
+    def _is_raised_here(self, stop: Stop) -> bool:
+        """Whether the instruction at RIP is what ended a run, without completing."""
+        if stop is Stop.INTERRUPT:
+            return not self.context.by_instruction and self.context.vector != Vector.DB
+        return stop in (Stop.INVALID, Stop.SYSCALL, Stop.SYSENTER)
 
     def _mend_flags(self) -> None:
         """Undo what a refused SETcc did to the flags (quirk "early-flags")."""

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from attrs import evolve
 
+from vmm.coherence import Coherence
 from vmm.exits import BlockEvent, End, FrameEvent, Modification
 from vmm.guest.loader import bundled_guests, load_guest
 from vmm.guest.manifest import Policy
@@ -21,6 +22,7 @@ WAYS = {
     "plain": (RunOptions(), {}),
     "audit and check": (tiny.STRICT, {}),
     "single step": (RunOptions(single_step=True, check=True), {}),
+    "no traps": (RunOptions(traps=False), {}),
     "four blocks": (RunOptions(capacity=4, audit=True, check=True), {}),
     "one block": (RunOptions(capacity=1, audit=True), {}),
     "window": (RunOptions(audit=True, check=True), {"writes": "window"}),
@@ -44,6 +46,8 @@ each_guest = pytest.mark.parametrize("name", GUESTS)
 
 def machine_for(path: Path, options: RunOptions, policy: dict[str, str]) -> Machine:
     guest = load_guest(path)
+    if not options.traps:
+        options = evolve(options, coherence=Coherence.COHERENT)
     manifest = evolve(guest.manifest, policy=evolve(guest.manifest.policy, **policy))
     return Machine(evolve(guest, manifest=manifest), options)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from vmm.errors import AuditError
 from vmm.guest.loader import bundled_guests
 from vmm.machine import Machine, RunOptions
 from vmm.script_actions import ScriptRun, has_actions
@@ -31,7 +32,7 @@ CHECKED = RunOptions(audit=True, check=True, block_events=True)
 WITHOUT_BLOCKS = {"stepped": RunOptions(single_step=True), "four blocks": RunOptions(capacity=4)}
 
 #: Guests in which nothing that has run is changed.
-CHANGES_NOTHING_THAT_RAN = {"decrypt"}
+CHANGES_NOTHING_THAT_RAN = {"decrypt", "toolpath"}
 #: Guests that never come back to the start of a translation that they have made stale: a five-byte call returns
 #: into the six bytes of the call that it replaces.
 NEVER_STALE = {"decrypt"}
@@ -243,7 +244,15 @@ class TestStale:
     def test_code_that_the_engine_keeps_running(self, name, monkeypatch):
         """The records are right, blocks die on paper; what runs is the version before."""
         monkeypatch.setattr(Machine, "_forget", lambda *_: None)
-        assert verdict_of_run(name, RunOptions(seconds=20)).ok == (name in NEVER_STALE)
+        assert self.holds(name) == (name in NEVER_STALE)
+
+    @staticmethod
+    def holds(name):
+        """Several vCPUs are paced by their blocks: a block that the cache does not hold ends the run at once."""
+        try:
+            return verdict_of_run(name, RunOptions(seconds=20)).ok
+        except AuditError:
+            return False
 
     @each_guest
     def test_a_cache_that_drops_nothing(self, name, monkeypatch):

@@ -9,7 +9,9 @@ from vmm.guest_run import run
 
 WRONG = {guest.name: guest for guest in bundled_guests() if guest.wrong_of}
 #: What the report must say of each.
-CAUSES: dict[str, str] = {}
+CAUSES: dict[str, str] = {
+    "toolpath-unsynchronised": "the controller must synchronise after it",
+}
 
 each_wrong = pytest.mark.parametrize("name", WRONG)
 

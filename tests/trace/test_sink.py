@@ -9,11 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm import exits
-from vmm.exits import BlockEvent, End, EptViolation, Exit, FrameEvent, Injection, Modification, Mtf, Record
+from vmm.exits import (
+    BlockEvent,
+    End,
+    EptViolation,
+    Exit,
+    FrameEvent,
+    Injection,
+    Modification,
+    Mtf,
+    Record,
+    StaleExecution,
+)
 from vmm.trace.sink import TraceSink, by_json, line
 
 EXITS = Exit.__subclasses__()
-RECORDS = [*EXITS, Modification, BlockEvent, FrameEvent, Injection]
+RECORDS = [*EXITS, Modification, BlockEvent, FrameEvent, Injection, StaleExecution]
 
 numbers = st.integers(0, (1 << 64) - 1)
 VALUES = {

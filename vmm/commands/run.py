@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import evolve, frozen
 
+from vmm.coherence import Coherence
 from vmm.commands.diagnostics import Diagnostics
 from vmm.commands.interrupt import Interruption
 from vmm.commands.outputs import STDOUT, OutputFile, Outputs
@@ -49,12 +50,14 @@ class RunRequest:
     hashes: tuple[str, ...] = ()
     audit: bool = False
     check: bool = False
+    no_traps: bool = False
     blocks: bool = False
     quiet: bool = False
     everything: bool = False
     verbose: bool = False
     seconds: float | None = None
     seed: int | None = None
+    coherence: str | None = None
     capacity: int = DEFAULT_CAPACITY
     color: str = "auto"
 
@@ -63,10 +66,12 @@ class RunRequest:
         return RunOptions(
             audit=self.audit,
             check=self.check,
+            traps=not self.no_traps,
             block_events=self.blocks,
             capacity=self.capacity,
             seconds=self.seconds,
             seed=self.seed,
+            coherence=None if self.coherence is None else Coherence(self.coherence),
         )
 
 
@@ -152,7 +157,8 @@ class _Run:
         interruption.settle()
         self.log.tell("run ended", reason=end.reason, exits=machine.reporter.total)
         self._write_files(end, ranges)
-        outcome = judge(machine.guest.manifest, end)
+        stale = machine.stale if self.script is None else 0  # a script has the say
+        outcome = judge(machine.guest.manifest, end, stale=stale)
         if outcome.status is Status.INTERRUPTED:
             self.script = None  # a script says nothing about half a run
         status = self._conclude(outcome)

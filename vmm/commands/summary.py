@@ -33,6 +33,10 @@ def summarize(machine: Machine, outcome: Outcome, painter: Painter) -> None:
     _row("exits", _exits(machine), painter)
     _row("patches", _patches(machine), painter)
     _row("blocks", _blocks(machine), painter)
+    if machine.sanitizer is not None:
+        found = machine.sanitizer.found
+        words = f"{found:,} execution{'' if found == 1 else 's'} of stale code ({machine.sanitizer.model.value})"
+        _row("stale", words, painter, Style.BAD if found else Style.GOOD)
 
 
 def add_row(label: str, text: str, painter: Painter, *, good: bool = True) -> None:

@@ -9,9 +9,10 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [[vcpu]]   the same, for each further vCPU
     [schedule] seed, quantum: how the vCPUs take turns
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
-    [policy]   reads, writes, code
+    [policy]   reads, writes, code, coherence
     [console]  port: what the guest writes there is its printed output
     [ipi]      port: interprocessor interrupts, and the number of the vCPU that asks
+    [workpiece] port, vector, lead, flaws: something for a guest to steer over
     [end]      port, value, halt
     [limits]   exits, seconds
 
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from attrs import field, frozen
 
+from vmm.devices.workpiece import PORTS
 from vmm.errors import ManifestError
 from vmm.guest.fields import PAGE, U16_MAX, U32_MAX, U64_MAX, Table, is_canonical
 from vmm.guest.files import one_line, read_file
@@ -72,9 +74,11 @@ _MANIFEST_LIMIT: Final = 1 << 20
 _MAPS_LIMIT: Final = 1024
 _MAPPED_LIMIT: Final = 4 << 30
 _NAME_LENGTH: Final = 100
+_FLAWS_LIMIT: Final = 1024
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
-    *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "console", "ipi", "end", "limits"),
+    *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "end", "limits"),
+    *("console", "ipi", "workpiece"),
 )
 
 
@@ -158,6 +162,7 @@ class Policy:
     reads: Literal["step", "grant"] = "step"
     writes: Literal["step", "window", "adaptive"] = "step"
     code: Literal["load", "fetch"] = "fetch"
+    coherence: Literal["coherent", "serialised", "explicit"] = "coherent"
 
 
 @frozen(slots=True)
@@ -172,6 +177,16 @@ class Ipi:
     """The port by which vCPUs interrupt each other; None if there is none."""
 
     port: int | None = None
+
+
+@frozen(slots=True)
+class WorkpieceSpec:
+    """Flaws at (x, y) that a sensor finds ``lead`` positions ahead, raising the interrupt ``vector``."""
+
+    port: int
+    vector: int
+    lead: int
+    flaws: tuple[tuple[int, int], ...]
 
 
 @frozen(slots=True)
@@ -213,6 +228,7 @@ class Manifest:
     others: tuple[CpuSpec, ...] = ()
     schedule: Schedule = Schedule()
     ipi: Ipi = Ipi()
+    workpiece: WorkpieceSpec | None = None
     wrong_of: str = ""
 
     @property
@@ -271,13 +287,14 @@ def _manifest(top: Table, path: Path) -> Manifest:
         machine=machine,
         cpu=cpu,
         paging=_paging(top, machine, cpu),
-        policy=_policy(top.table("policy", ("reads", "writes", "code")), image),
+        policy=_policy(top.table("policy", ("reads", "writes", "code", "coherence")), image),
         console=console,
         end=end,
         limits=_limits(top.table("limits", ("exits", "seconds"))),
         others=_others(top, machine, cpu),
         schedule=_schedule(top.table("schedule", ("seed", "quantum"))),
         ipi=_ipi(top.table("ipi", ("port",)), end, console),
+        workpiece=_workpiece(top, (end.port, console.port)) if "workpiece" in top else None,
         wrong_of=_wrong_of(top),
     )
 
@@ -306,6 +323,19 @@ def _image(table: Table, machine: MachineSpec, folder: Path) -> Image:
         if key in table:
             raise table.error(key, "only flat images have it, ELF images carry their own", "remove it")
     return Image(form, file)
+
+
+def _workpiece(top: Table, taken: tuple[int | None, ...]) -> WorkpieceSpec:
+    table = top.table("workpiece", ("port", "vector", "lead", "flaws"))
+    spec = WorkpieceSpec(
+        port=table.integer("port", 0, U16_MAX + 1 - PORTS),
+        vector=table.integer("vector", 32, 0xFF),
+        lead=table.integer("lead", 0, U16_MAX, default=1),
+        flaws=table.pairs("flaws", U16_MAX, _FLAWS_LIMIT),
+    )
+    if any(port is not None and spec.port <= port < spec.port + PORTS for port in taken):
+        raise table.error("port", f"{spec.port:#x} and the {PORTS - 1} after it overlap another device", "move it")
+    return spec
 
 
 _CPU_KEYS: Final = ("entry", "cpl", "iopl", "registers", "idt", "rsp0")
@@ -477,6 +507,7 @@ def _policy(table: Table, image: Image) -> Policy:
         reads=table.choice("reads", ("step", "grant"), default="step"),
         writes=table.choice("writes", ("step", "window", "adaptive"), default="step"),
         code=table.choice("code", ("load", "fetch"), default="load" if image.format == "elf64" else "fetch"),
+        coherence=table.choice("coherence", ("coherent", "serialised", "explicit"), default="coherent"),
     )
 
 

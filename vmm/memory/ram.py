@@ -2,7 +2,8 @@
 
 Host-physical addresses (HPA) are offsets into this mapping. The guest's RAM starts at HPA 0; the *system area*
 (page tables, GDT and TSS that the VMM builds for guests that bring none) follows. What a GPA means is the EPT's
-business.
+business. Behind them there may be *twins* of both, of the same size: places for what vCPUs fetch instead (see
+``vmm.coherence``). They take no memory until they are written.
 """
 
 from __future__ import annotations
@@ -19,23 +20,34 @@ MAX_SIZE: Final = 1 << 32
 
 
 class GuestMemory:
-    """``size`` bytes of zeroed memory, shared by every engine of a machine.
+    """``size`` bytes of zeroed memory and as many in each of ``twins``, shared by every engine of a machine.
 
     ``words`` is the same memory as 64-bit little-endian words, for page walks. Raises ``OptionError`` if ``size``
-    is not a multiple of 4096 or not in 4 KiB ... 4 GiB.
+    is not a multiple of 4096, or all of it is not in 4 KiB ... 4 GiB.
     """
 
-    def __init__(self, size: int) -> None:
-        if size % PAGE or not PAGE <= size <= MAX_SIZE:
+    def __init__(self, size: int, *, twins: int = 0) -> None:
+        whole = size * (1 + twins)
+        if size % PAGE or not PAGE <= whole <= MAX_SIZE:
             raise OptionError(
-                f"{size:#x} bytes of guest memory", where="memory", fix="give a multiple of 4096 up to 4 GiB"
+                f"{whole:#x} bytes of guest memory", where="memory", fix="give a multiple of 4096 up to 4 GiB"
             )
-        self.size: Final = size
-        self._map: Final = mmap.mmap(-1, size)
+        #: Bytes, those of the twins included.
+        self.size: Final = whole
+        self._area: Final = size
+        self._map: Final = mmap.mmap(-1, whole)
         self.bytes: Final = memoryview(self._map)
         self.words: Final = self.bytes.cast("Q")
         self._anchor: Final = ctypes.c_char.from_buffer(self._map)
         self.address: Final = ctypes.addressof(self._anchor)
+
+    def twin(self, hpa: int, number: int) -> int:
+        """The HPA of the same place in a twin, counted from 0."""
+        return hpa + (number + 1) * self._area
+
+    def home(self, hpa: int) -> int:
+        """The HPA that a place in a twin stands for; others stand for themselves."""
+        return hpa % self._area
 
     def read(self, hpa: int, size: int) -> bytes:
         """``size`` bytes from an HPA."""

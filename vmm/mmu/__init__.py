@@ -8,10 +8,11 @@ the reasons for refusing.
 from vmm.mmu.instruction import CurrentInstruction
 from vmm.mmu.refusals import GuestFault, Misconfiguration, NonCanonical, Refusal, UnmappedStructure, Violation
 from vmm.mmu.step import StepMemory
-from vmm.mmu.translation import Mmu
+from vmm.mmu.translation import FetchSide, Mmu
 
 __all__ = [
     "CurrentInstruction",
+    "FetchSide",
     "GuestFault",
     "Misconfiguration",
     "Mmu",

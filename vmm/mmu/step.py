@@ -90,6 +90,7 @@ class StepMemory:
     def fills_of(self, engine: SteppingEngine) -> Fill:
         """What answers the stepping engine's fills."""
         executable = self._mmu.executable
+        side = self._mmu.fetch_side
 
         def fill(page: int, access: int) -> int:
             if access == FETCH and page != self._page and not self._reaches(page):
@@ -102,6 +103,8 @@ class StepMemory:
             if access == FETCH:
                 if leaf & executable != executable and self._refuses_fetch(page, translation, leaf):
                     return 0
+                if side is not None:
+                    host = side.host(host)
                 self._mmu.fetched(page, host)
                 return engine.latch(host, self._patch.get(page) if self._patch else None) | X
             if self._mmu.refuses(page, access, translation, leaf):
@@ -110,6 +113,8 @@ class StepMemory:
                 return host | R
             if leaf & CLEAN:
                 self._mmu.used(translation.gpa, access, leaf)
+            if side is not None:
+                side.before_write(host, self._pc)
             self.written[page] = (translation.gpa, host)
             if host not in self.undo:
                 self.undo[host] = self._memory.read(host, PAGE)

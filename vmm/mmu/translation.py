@@ -51,6 +51,19 @@ class StructureWriter(Protocol):
         """Change guest memory at each (HPA, GPA), as one operation."""
 
 
+class FetchSide(Protocol):
+    """Where a vCPU fetches frames that have changed, under a weaker coherence model."""
+
+    def host(self, hpa: int) -> int:
+        """Where it fetches what lies at an HPA."""
+
+    def may_be_written(self, hpa: int) -> bool:
+        """Whether the frame may change without further notice."""
+
+    def before_write(self, hpa: int, rip: int | None) -> None:
+        """The frame may change from now on, first by the instruction at ``rip`` (None: the host)."""
+
+
 class Mmu:
     """Address translation for one vCPU, in whichever mode its control registers select."""
 
@@ -62,6 +75,8 @@ class Mmu:
         self._writer: StructureWriter | None = None
         #: How a walk finds its paging structures: as the processor, or setting no flags.
         self._find = ept.translate
+        #: None where fetches reach what loads and stores reach, as on a coherent processor.
+        self.fetch_side: FetchSide | None = None
         self._memory = memory
         self._ept = ept
         self._frames = frames
@@ -100,7 +115,26 @@ class Mmu:
                 return leaf & (LEAF_ADDRESS | R * translation.readable) | X
             return leaf & (LEAF_ADDRESS | R * translation.readable | W * translation.writable)
 
-        return fill
+        return fill if self.fetch_side is None else self._fills_of_two_sides(fill, self.fetch_side, engine)
+
+    def _fills_of_two_sides(self, fill: Fill, side: FetchSide, engine: FreeRunningEngine) -> Fill:
+        """The same where a frame may have two sides: fetches go to one of them, and stores are noticed."""
+
+        def fill_side(page: int, access: int) -> int:
+            answer = fill(page, access)
+            if access == FETCH and answer:
+                host = answer & LEAF_ADDRESS
+                fetched = side.host(host)
+                if fetched != host:
+                    self.fetched(page, fetched)
+                    return fetched | X
+            elif access == WRITE and answer:
+                side.before_write(answer & LEAF_ADDRESS, engine.pc)
+            elif answer & W and not side.may_be_written(answer & LEAF_ADDRESS):
+                return answer & ~W
+            return answer
+
+        return fill_side
 
     def refuses(self, page: int, access: int, translation: Translation, leaf: int) -> bool:
         """Whether the EPT does not allow the access; misconfiguration comes before violation."""
@@ -236,6 +270,8 @@ class Mmu:
         if int.from_bytes(self._memory.read(hpa, size), "little") != old:
             raise EntryChanged(f"the paging-structure entry at GPA {gpa:#x} changed under a walk")
         data = new.to_bytes(size, "little")
+        if self.fetch_side is not None:
+            self.fetch_side.before_write(hpa, None)
         if self._writer is None:
             self._memory.write(hpa, data)
         else:
@@ -290,7 +326,7 @@ class Mmu:
         out = b""
         while len(out) < MAX_LENGTH:
             at = gva + len(out)
-            hpa = host | at & PAGE_OFFSET if host is not None and not out else self.peek(at)
+            hpa = host | at & PAGE_OFFSET if host is not None and not out else self._peek_fetch(at)
             if hpa is None:
                 break
             out += self._memory.read(hpa, min(MAX_LENGTH - len(out), PAGE - (at & PAGE_OFFSET)))
@@ -322,7 +358,15 @@ class Mmu:
     def fetch_host(self, gva: int) -> int | None:
         """The host address that instruction fetch at a linear address reaches."""
         host = self._fetch_pages.get(gva & -PAGE)
-        return self.peek(gva) if host is None else host | gva & PAGE_OFFSET
+        return self._peek_fetch(gva) if host is None else host | gva & PAGE_OFFSET
+
+    def _peek_fetch(self, gva: int) -> int | None:
+        host = self.peek(gva)
+        return host if host is None or self.fetch_side is None else self.fetch_side.host(host)
+
+    def forget_all_fetches(self) -> None:
+        """Fetches of any page may go elsewhere from now on."""
+        self._fetch_pages.clear()
 
     def fix_tables(self, root: int, mappings: list[tuple[int, int, int]]) -> None:
         """The address space of ``root`` consists of these (GVA, GPA, bytes), later ones winning, and never changes."""

@@ -21,6 +21,7 @@ from vmm.exits import (
     Modification,
     Mtf,
     Record,
+    StaleExecution,
 )
 from vmm.guest.files import one_line
 from vmm.trace.painter import Style
@@ -152,6 +153,13 @@ def _cpuid(record: Cpuid, names: Names) -> Line:
     return Line("CPUID", names.code(record.rip), f"leaf {record.leaf:#x}, subleaf {record.subleaf:#x}")
 
 
+def _stale(record: StaleExecution, names: Names) -> Line:
+    who = "the host" if record.writer is None else names.code(record.writer)
+    writer = who if record.vcpu == record.writer_vcpu or record.vcpu is None else f"{who} of vCPU {record.writer_vcpu}"
+    what = f"ran {record.executed.hex()}, but {writer} has written {record.memory.hex()}; missing: {record.missing}"
+    return Line("stale", names.code(record.rip), what, Style.BAD)
+
+
 def _frame(record: FrameEvent, names: Names) -> Line:
     what = f"{record.gpa:#x}: {record.before} -> {record.after} ({record.cause})"
     return Line("frame", names.code(names.linked(record.gpa)), what, Style.QUIET)
@@ -184,5 +192,6 @@ _RENDERERS: Final[dict[type[Record], Callable[[Any, Names], Line]]] = {
     Cpuid: _cpuid,
     FrameEvent: _frame,
     BlockEvent: _block,
+    StaleExecution: _stale,
     End: _end,
 }

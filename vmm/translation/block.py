@@ -61,6 +61,16 @@ class Block:
         """SHA-256 of the translated bytes, hexadecimal."""
         return hashlib.sha256(self.code).hexdigest()
 
+    def cut(self, offset: int, size: int) -> tuple[Span, ...]:
+        """Where ``size`` bytes of it lie, from the byte at ``offset`` on."""
+        found = []
+        for start, length in self.spans:
+            first, last = max(offset, 0), min(offset + size, length)
+            if first < last:
+                found.append((start + first, last - first))
+            offset -= length
+        return tuple(found)
+
     def overlaps(self, address: int, size: int) -> bool:
         """Whether any byte of it lies in [address, address + size)."""
         for start, length in self.spans:  # noqa: SIM110 - on the way of every trapped write; any() costs twice that

@@ -10,6 +10,7 @@ from typing import Final
 
 from attrs import define
 
+from vmm.coherence import Sanitizer
 from vmm.exits import Modification
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
@@ -49,6 +50,8 @@ class Door:
         blocks: BlockCache,
         reporter: Reporter,
     ) -> None:
+        #: Hears of every write before and after it; None where nobody has to.
+        self.sanitizer: Sanitizer | None = None
         #: Number of the last instruction (or host operation) that changed code bytes.
         self.instruction = 0
         #: Modifications so far.
@@ -68,14 +71,18 @@ class Door:
 
     def record(self, changes: list[Change], *, rip: int | None, cause: str, mmu: Mmu | None) -> None:
         """Journal changes that have just been made by one instruction or one host operation."""
-        self.publish(self.commit(changes, cause), rip=rip, cause=cause, mmu=mmu)
+        self.publish(self.commit(changes, cause, rip), rip=rip, cause=cause, mmu=mmu)
 
-    def commit(self, changes: list[Change], cause: str) -> list[Entry]:
+    def commit(self, changes: list[Change], cause: str, rip: int | None) -> list[Entry]:
         """Drop what was translated from the changed bytes: before anybody hears of the changes."""
         if not changes:
             return []
         self.instruction += 1
         self.modifications += len(changes)
+        if self.sanitizer is not None and cause != "window":
+            for change in changes:
+                vcpu = self._reporter.vcpu or 0
+                self.sanitizer.written(change.hpa, len(change.new), rip, vcpu, self.instruction)
         return [(self.instruction, change, self.invalidate(change, cause)) for change in changes]
 
     def publish(self, entries: list[Entry], *, rip: int | None, cause: str, mmu: Mmu | None) -> None:
@@ -102,6 +109,8 @@ class Door:
         """
         changes = []
         for hpa, gpa, data in pieces:
+            if self.sanitizer is not None:
+                self.sanitizer.before_write(hpa, None, self._reporter.vcpu or 0)
             old = self._memory.read(hpa, len(data))
             self._memory.write(hpa, data)
             if self.is_guarded(hpa, 1):

@@ -14,16 +14,18 @@ from vmm.reporter import Reporter
 from vmm.translation import BlockCache
 
 RW: Final = Permission.R | Permission.W
+#: Of memory without traps, which nothing executes freely.
+RWX: Final = Permission.R | Permission.W | Permission.X
 RX: Final = Permission.R | Permission.X
 
 
 class FrameControl:
     """Keeps the EPT in step with the state of each frame.
 
-    ``flush`` makes every engine forget its cached address translations, ``window_closed`` journals what was written
-    through a window. With ``check`` the rules are verified
-    after every transition: no host page writable and executable through any GPA, no writable frame with live
-    blocks but the one being stepped over, counters that add up. Raises ``InvariantError`` if one is broken.
+    ``home`` gives the place that code in a twin of memory was copied from. ``flush`` makes every engine forget its
+    cached address translations, ``window_closed`` journals what was written through a window. With ``check`` the rules
+    are verified after every transition: no host page writable and executable through any GPA, no writable frame with
+    live blocks but the one being stepped over, counters that add up. Raises ``InvariantError`` if one is broken.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class FrameControl:
         frames: Frames,
         blocks: BlockCache,
         *,
+        home: Callable[[int], int],
         flush: Callable[[], None],
         window_closed: Callable[[Frame], None],
         reporter: Reporter,
@@ -40,6 +43,7 @@ class FrameControl:
         self._ept = ept
         self._frames = frames
         self._blocks = blocks
+        self._home = home
         self._flush = flush
         self._window_closed = window_closed
         self._reporter = reporter
@@ -62,7 +66,8 @@ class FrameControl:
 
     def shares_block(self, frame: Frame, hpa: int) -> bool:
         """Whether a live block that holds the byte at ``hpa`` has bytes in the frame."""
-        return any(block.overlaps(frame.hpa, PAGE) for block in self._blocks.overlapping(hpa, 1))
+        spans = (span for block in self._blocks.overlapping(hpa, 1) for span in block.spans)
+        return any(self._home(start) & -PAGE == frame.hpa for start, _ in spans)
 
     def move(self, frame: Frame, state: FrameState, cause: str) -> None:
         """Go to a lasting state: data, code, window or sealed. Cached translations of the old one are flushed.

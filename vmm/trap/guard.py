@@ -89,7 +89,7 @@ class StepGuard:
         changes = self._changes() if self.opened and self.vcpu.step_memory.undo else []
         for frame in self.opened:
             self.control.close(frame)
-        return self.door.commit(changes, "store")
+        return self.door.commit(changes, "store", self._pc)
 
     def publish(self, entries: list[Entry]) -> None:
         """Put on record what ``close`` gave."""
