@@ -306,5 +306,8 @@ class Processor:
             self.state.finish("EPT misconfiguration", {"gpa": gpa})
 
     def _unmapped(self, problem: UnmappedAccess) -> None:
-        reason = "EPT violation" if isinstance(problem, DeniedAbove) else "unmapped memory"
-        self.state.finish(reason, {"gpa": problem.violation.gpa, "gva": problem.violation.page})
+        where = {"gpa": problem.violation.gpa, "gva": problem.violation.page}
+        if isinstance(problem, DeniedAbove):
+            self.state.finish("EPT violation", where)
+        else:
+            self.state.finish("unmapped memory", where)
