@@ -1,7 +1,8 @@
 """Guest-linear memory as the VMM itself reaches it on the guest's behalf, for event delivery.
 
 Guest paging applies with all its faults. The EPT applies, too, but the VMM does not exit to itself: code frames
-may be read, and what is written to one goes through the door.
+may be read, and what is written to one goes through the door, unless the W^X policy or a seal is against it: then
+the delivery faults as a store would.
 """
 
 from __future__ import annotations
@@ -9,25 +10,33 @@ from __future__ import annotations
 from attrs import define
 
 from vmm.cpu.context import Context
+from vmm.cpu.engine import Stop
+from vmm.cpu.events import Event, GuestFault, Vector
 from vmm.ept import CLEAN, MISCONFIGURED, ExtendedPageTables
 from vmm.memory import PAGE, GuestMemory
 from vmm.mmu import Mmu, UnmappedStructure
 from vmm.mmu.refusals import PagingStructureViolation
-from vmm.paging import Access, walk
-from vmm.trap.door import Door
+from vmm.paging import Access, PageFault, walk
+from vmm.trap.door import Door, SealedFrame
+from vmm.trap.refusal import Refusals, RunEnded
 
 _LEAF_ADDRESS = 0x000F_FFFF_FFFF_F000
 
 
 @define(slots=True)
 class GuestLinearMemory:
-    """Implements ``vmm.cpu.state.LinearMemory`` for one vCPU."""
+    """Implements ``vmm.cpu.state.LinearMemory`` for one vCPU.
+
+    All methods raise ``vmm.cpu.events.GuestFault`` besides where a page walk would write to a sealed frame, the
+    writing ones for a store to one. They raise ``RunEnded`` if the W^X policy has ended the run.
+    """
 
     memory: GuestMemory
     ept: ExtendedPageTables
     mmu: Mmu
     door: Door
     context: Context
+    refusals: Refusals
 
     def read(self, address: int, size: int, *, user: bool) -> bytes:
         """``size`` bytes; raises ``PageFault``."""
@@ -37,16 +46,26 @@ class GuestLinearMemory:
 
     def check_write(self, address: int, size: int, *, user: bool) -> None:
         """Raise what ``write`` would raise, writing nothing."""
-        self._places(address, size, Access.WRITE, user=user)
+        self._writable(address, size, user=user)
 
     def write(self, address: int, data: bytes, *, user: bool) -> None:
         """All of ``data`` or, raising ``PageFault``, none of it."""
         done = 0
         pieces = []
-        for hpa, gpa, length in self._places(address, len(data), Access.WRITE, user=user):
+        for hpa, gpa, length in self._writable(address, len(data), user=user):
             pieces.append((hpa, gpa, data[done : done + length]))
             done += length
         self.door.write(pieces, cause="event delivery", mmu=self.mmu)
+
+    def _writable(self, address: int, size: int, *, user: bool) -> list[tuple[int, int, int]]:
+        """(HPA, GPA, bytes) for each page of the range, all of which may be written."""
+        places = self._places(address, size, Access.WRITE, user=user)
+        for hpa, gpa, length in places:
+            refused = self.refusals.of_delivery(hpa, gpa, address, user=user)
+            if refused is not None:
+                raise _fault_of(refused)
+            address += length
+        return places
 
     def _places(self, address: int, size: int, access: Access, *, user: bool) -> list[tuple[int, int, int]]:
         """(HPA, GPA, bytes) for each page of the range."""
@@ -70,7 +89,18 @@ class GuestLinearMemory:
             gpa = walk(self.mmu, mode, cr3, linear, access, user=user, implicit=not user).gpa
         except PagingStructureViolation as violation:
             raise UnmappedStructure(violation.gpa, linear) from None
+        except SealedFrame as sealed:
+            raise _fault_of(self.refusals.of_walk(sealed.gpa)) from None
         leaf = self.ept.translate(gpa)
         if leaf in (0, MISCONFIGURED):
             raise UnmappedStructure(gpa, linear)
         return gpa, self.ept.dirty(gpa) if leaf & CLEAN and access == Access.WRITE else leaf
+
+
+def _fault_of(refused: Event | Stop) -> Exception:
+    """What a delivery comes to that stores where it may not."""
+    if not isinstance(refused, Event):
+        return RunEnded()
+    if refused.cr2 is None:
+        return GuestFault(Vector(refused.vector), refused.error_code or 0)
+    return PageFault(refused.cr2, refused.error_code or 0)

@@ -329,6 +329,7 @@ class TestLargePages:
         assert (ept.entry(0).accessed, ept.entry(0).dirty) == (True, False)
         ept.split(0)
         assert all(ept.entry(gpa).accessed for gpa in range(0, MIB_2, PAGE))
+        assert ept.read_entry(0, 2) >> 8 & 1
         ept.dirty(7 * PAGE)
         ept.join(0, size=MIB_2)
         assert (ept.entry(0).accessed, ept.entry(0).dirty) == (True, True)

@@ -41,6 +41,14 @@ POLICIES = [
     for code in ("load", "fetch")
 ]
 
+#: Every guest in every way; what a policy refuses to a guest needs traps.
+RUNS = [
+    (name, way)
+    for name, path in GUESTS.items()
+    for way, (options, _) in WAYS.items()
+    if options.traps or load_guest(path).manifest.policy.wx == "off"
+]
+
 each_guest = pytest.mark.parametrize("name", GUESTS)
 
 
@@ -65,8 +73,7 @@ def outcome(name: str, way: str, *, traced: bool = True):
     return end, state, [evolve(r, blocks=()) for r in records if isinstance(r, Modification)]
 
 
-@each_guest
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("name", "way"), RUNS)
 @pytest.mark.parametrize("traced", [True, False], ids=["traced", "untraced"])
 def test_ends_as_its_manifest_says(name, way, traced):
     wanted = load_guest(GUESTS[name]).manifest.end
@@ -78,7 +85,7 @@ def test_ends_as_its_manifest_says(name, way, traced):
 def test_the_way_leaves_no_mark_on_the_guest(name):
     """Registers, memory and text are those of the guest executed one instruction at a time."""
     _, state, _ = outcome(name, "single step")
-    for way in WAYS:
+    for way in [way for one, way in RUNS if one == name]:
         for traced in (True, False):
             assert outcome(name, way, traced=traced)[1] == state, (way, traced)
 

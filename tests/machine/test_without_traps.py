@@ -8,6 +8,7 @@ from tiny import CODE, END
 from vmm.coherence import Coherence
 from vmm.errors import OptionError
 from vmm.exits import ExitReason
+from vmm.guest.manifest import Policy
 from vmm.machine import RunOptions
 
 VIEW = 0x70000
@@ -32,3 +33,10 @@ def test_nothing_is_refused_and_the_guest_sees_no_difference():
 def test_the_weaker_models_need_traps(model):
     with pytest.raises(OptionError, match="rests on traps"):
         tiny.build("hlt", options=evolve(UNTRAPPED, coherence=model))
+
+
+def test_policies_that_refuse_accesses_need_traps():
+    with pytest.raises(OptionError, match="rest on traps"):
+        tiny.build("hlt", options=evolve(UNTRAPPED, wx="stop"))
+    with pytest.raises(OptionError, match="rest on traps"):
+        tiny.build("hlt", options=UNTRAPPED, policy=Policy(code="seal"))

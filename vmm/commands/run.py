@@ -6,7 +6,7 @@ import codecs
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from attrs import evolve, frozen
 
@@ -59,6 +59,7 @@ class RunRequest:
     seed: int | None = None
     coherence: str | None = None
     capacity: int = DEFAULT_CAPACITY
+    wx: Literal["off", "fault", "stop"] | None = None
     color: str = "auto"
 
     def options(self) -> RunOptions:
@@ -72,6 +73,7 @@ class RunRequest:
             seconds=self.seconds,
             seed=self.seed,
             coherence=None if self.coherence is None else Coherence(self.coherence),
+            wx=self.wx,
         )
 
 

@@ -267,7 +267,6 @@ class ExtendedPageTables:
         pages.
         """
         self._structures.split(gpa)
-        self._regions.pop(gpa >> 21, None)
 
     def join(self, gpa: int, *, size: int) -> None:
         """Turn 512 pages into the one page of ``size`` bytes (2 MiB or 1 GiB) at ``gpa`` that says the same.

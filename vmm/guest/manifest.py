@@ -9,7 +9,7 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [[vcpu]]   the same, for each further vCPU
     [schedule] seed, quantum: how the vCPUs take turns
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
-    [policy]   reads, writes, code, coherence
+    [policy]   reads, writes, code, coherence, wx
     [console]  port: what the guest writes there is its printed output
     [ipi]      port: interprocessor interrupts, and the number of the vCPU that asks
     [workpiece] port, vector, lead, flaws: something for a guest to steer over
@@ -161,8 +161,14 @@ class Policy:
 
     reads: Literal["step", "grant"] = "step"
     writes: Literal["step", "window", "adaptive"] = "step"
-    code: Literal["load", "fetch"] = "fetch"
+    code: Literal["load", "fetch", "seal"] = "fetch"
     coherence: Literal["coherent", "serialised", "explicit"] = "coherent"
+    wx: Literal["off", "fault", "stop"] = "off"
+
+    @property
+    def loads_code(self) -> bool:
+        """Whether frames of executable segments are code from the start."""
+        return self.code != "fetch" or self.wx != "off"
 
 
 @frozen(slots=True)
@@ -232,6 +238,11 @@ class Manifest:
     wrong_of: str = ""
 
     @property
+    def has_page_tables(self) -> bool:
+        """Whether the guest starts with paging on."""
+        return _has_page_tables(self.machine, self.paging)
+
+    @property
     def cpus(self) -> tuple[CpuSpec, ...]:
         """All vCPUs, by number."""
         return (self.cpu, *self.others)
@@ -278,6 +289,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
     image = _image(top.table("image", ("format", "file", "load", "symbols")), machine, path.parent)
     cpu = _cpu(top.table("cpu", _CPU_KEYS, _CPU_HINTS), machine, image)
     end = _end(top.table("end", ("port", "value", "halt")))
+    paging = _paging(top, machine, cpu)
     console = _console(top.table("console", ("port",)), end)
     return Manifest(
         path=path,
@@ -286,8 +298,8 @@ def _manifest(top: Table, path: Path) -> Manifest:
         image=image,
         machine=machine,
         cpu=cpu,
-        paging=_paging(top, machine, cpu),
-        policy=_policy(top.table("policy", ("reads", "writes", "code", "coherence")), image),
+        paging=paging,
+        policy=_policy(top.table("policy", ("reads", "writes", "code", "coherence", "wx")), machine, image, paging),
         console=console,
         end=end,
         limits=_limits(top.table("limits", ("exits", "seconds"))),
@@ -498,17 +510,29 @@ def _check_linear(table: Table, machine: MachineSpec, first: int, last: int) -> 
         raise table.error("gva", what, "map somewhere else")
 
 
+def _has_page_tables(machine: MachineSpec, paging: Paging | None) -> bool:
+    return machine.mode == "long" or paging is not None
+
+
 def _last_linear(machine: MachineSpec) -> int:
     return U64_MAX if machine.mode == "long" else U32_MAX
 
 
-def _policy(table: Table, image: Image) -> Policy:
-    return Policy(
+def _policy(table: Table, machine: MachineSpec, image: Image, paging: Paging | None) -> Policy:
+    policy = Policy(
         reads=table.choice("reads", ("step", "grant"), default="step"),
         writes=table.choice("writes", ("step", "window", "adaptive"), default="step"),
-        code=table.choice("code", ("load", "fetch"), default="load" if image.format == "elf64" else "fetch"),
+        code=table.choice("code", ("load", "fetch", "seal"), default="load" if image.format == "elf64" else "fetch"),
         coherence=table.choice("coherence", ("coherent", "serialised", "explicit"), default="coherent"),
+        wx=table.choice("wx", ("off", "fault", "stop"), default="off"),
     )
+    if policy.wx != "off" and not _has_page_tables(machine, paging):
+        what = "without page tables everything is writable and executable"
+        raise table.error("wx", what, "give the guest [paging], or remove wx")
+    if policy.wx != "off" and policy.coherence != "coherent":
+        what = "frames that must be approved have no stale code"
+        raise table.error("wx", what, 'remove wx, or set coherence = "coherent"')
+    return policy
 
 
 def _end(table: Table) -> End:

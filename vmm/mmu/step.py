@@ -89,7 +89,6 @@ class StepMemory:
 
     def fills_of(self, engine: SteppingEngine) -> Fill:
         """What answers the stepping engine's fills."""
-        executable = self._mmu.executable
         side = self._mmu.fetch_side
 
         def fill(page: int, access: int) -> int:
@@ -101,13 +100,15 @@ class StepMemory:
             translation, leaf = found
             host = leaf & LEAF_ADDRESS
             if access == FETCH:
-                if leaf & executable != executable and self._refuses_fetch(page, translation, leaf):
+                if self._refuses_fetch(page, translation, leaf):
                     return 0
                 if side is not None:
                     host = side.host(host)
                 self._mmu.fetched(page, host)
                 return engine.latch(host, self._patch.get(page) if self._patch else None) | X
-            if self._mmu.refuses(page, access, translation, leaf):
+            if self._mmu.refuses(page, access, translation, leaf) or self._is_unjudged(
+                page, access, translation.gpa, leaf
+            ):
                 return 0
             if access == READ:
                 return host | R
@@ -123,8 +124,15 @@ class StepMemory:
         return fill
 
     def _refuses_fetch(self, page: int, translation: Translation, leaf: int) -> bool:
-        """Whether the EPT does not let a page be fetched, and it is not code that is open for this very instruction."""
-        return not self._is_opened_code(leaf) and self._mmu.refuses(page, FETCH, translation, leaf)
+        """Whether a page cannot be fetched, and is not code that is open for this very instruction."""
+        executable = self._mmu.executable
+        opened = leaf & executable == executable or self._is_opened_code(leaf)
+        if not opened and self._mmu.refuses(page, FETCH, translation, leaf):
+            return True
+        return self._is_unjudged(page, FETCH, translation.gpa, leaf)
+
+    def _is_unjudged(self, page: int, access: int, gpa: int, leaf: int) -> bool:
+        return self._mmu.judges and self._mmu.is_unjudged(self._control, page, access, gpa, leaf)
 
     def _is_opened_code(self, leaf: int) -> bool:
         if leaf in (0, MISCONFIGURED):
