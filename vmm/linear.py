@@ -72,7 +72,7 @@ class GuestLinearMemory:
         wrap = (1 << 64) - 1 if self.context.efer >> 10 & 1 else (1 << 32) - 1
         places = []
         done = 0
-        with self.mmu.structure_access(self.door):
+        with self.mmu.structures.reached_by(self.door):
             while done < size:
                 linear = address + done & wrap
                 offset = linear & PAGE - 1
@@ -86,7 +86,7 @@ class GuestLinearMemory:
         """The GPA of a linear page, and its leaf; raises ``PageFault``, and ``UnmappedStructure`` for the EPT."""
         mode, cr3 = self.mmu.current_mode(), self.context.cr3
         try:
-            gpa = walk(self.mmu, mode, cr3, linear, access, user=user, implicit=not user).gpa
+            gpa = walk(self.mmu.structures, mode, cr3, linear, access, user=user, implicit=not user).gpa
         except PagingStructureViolation as violation:
             raise UnmappedStructure(violation.gpa, linear) from None
         except SealedFrame as sealed:

@@ -7,8 +7,7 @@ TLB by the clock), so nothing that a run shows may depend on how often they come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from vmm.cpu.context import Context
@@ -29,7 +28,8 @@ from vmm.mmu.refusals import (
     Unjudged,
     Violation,
 )
-from vmm.paging import Access, EntryChanged, PageFault, PagingMode, Translation, entries, is_canonical, walk
+from vmm.mmu.structures import NO_WRITER, GuestStructures
+from vmm.paging import Access, PageFault, PagingMode, Translation, entries, is_canonical, walk
 from vmm.paging.mode import CR0_PG
 
 PAGE_OFFSET: Final = PAGE - 1
@@ -48,13 +48,6 @@ Fill = Callable[[int, int], int]
 
 _ACCESS: Final = {READ: Access.READ, WRITE: Access.WRITE, FETCH: Access.FETCH}
 _NEEDED: Final = {READ: R, WRITE: W, FETCH: X}
-
-
-class StructureWriter(Protocol):
-    """Where updates of paging structures go that the VMM makes on the guest's behalf."""
-
-    def write(self, pieces: list[tuple[int, int, bytes]], *, cause: str, mmu: Mmu | None) -> None:
-        """Change guest memory at each (HPA, GPA), as one operation."""
 
 
 class FetchSide(Protocol):
@@ -83,13 +76,10 @@ class Mmu:
         self.refusal: Refusal | None = None
         #: Whether a W^X policy has to see each use of a permission to write or fetch before it is granted.
         self.judges = False
-        #: While the VMM itself walks on the guest's behalf, paging structures in code frames may be read, and what
-        #: the walk changes in them goes here.
-        self._writer: StructureWriter | None = None
-        #: How a walk finds its paging structures: as the processor, or setting no flags.
-        self._find = ept.translate
         #: None where fetches reach what loads and stores reach, as on a coherent processor.
         self.fetch_side: FetchSide | None = None
+        #: The guest's page tables, for its walks.
+        self.structures: Final = GuestStructures(memory, ept, frames, self)
         self._memory = memory
         self._ept = ept
         self._frames = frames
@@ -99,8 +89,6 @@ class Mmu:
         self._user_fetch = USER_EXECUTE if profile.mode_based_execute else X
         #: What a leaf has that any fetch is allowed from.
         self.executable: Final = X | self._user_fetch
-        #: What an access to a guest paging structure needs: with EPT accessed and dirty flags it counts as a write.
-        self._structure = R | W if profile.accessed_dirty else R
         self._advanced = profile.capabilities.advanced_information
         self._fetch_pages: dict[int, int] = {}
         self._fixed_root: int | None = None
@@ -173,7 +161,7 @@ class Mmu:
     def needed(self, violation: Violation) -> int:
         """What all EPT entries have to allow for a refused access (bits 2:0 of an entry)."""
         if not violation.final:
-            return self._structure | _NEEDED[violation.access]
+            return self.structures.needed | _NEEDED[violation.access]
         return _NEEDED[violation.access]
 
     def used(self, gpa: int, access: int, leaf: int) -> int:
@@ -219,7 +207,7 @@ class Mmu:
             self.refusal = NonCanonical(page, access)
             return None
         try:
-            translation = walk(self, mode, cr3, page, _ACCESS[access], user=user)
+            translation = walk(self.structures, mode, cr3, page, _ACCESS[access], user=user)
         except PageFault as fault:
             if not (user and fault.error_code & 1 and self._is_system_access(engine, page, access)):
                 self.refusal = GuestFault(page, access, fault.error_code)
@@ -267,7 +255,7 @@ class Mmu:
         self, mode: PagingMode, cr3: int, page: int, access: int
     ) -> tuple[Translation, int] | None:
         try:
-            translation = walk(self, mode, cr3, page, _ACCESS[access], user=False, implicit=True)
+            translation = walk(self.structures, mode, cr3, page, _ACCESS[access], user=False, implicit=True)
         except PageFault as fault:
             self.refusal = GuestFault(page, access, fault.error_code)
             return None
@@ -276,70 +264,14 @@ class Mmu:
             return None
         return translation, self._ept.translate(translation.gpa)
 
-    # The guest's page tables, behind the EPT (vmm.paging.PhysicalMemory)
-
-    def load(self, gpa: int, size: int) -> int:
-        """A paging-structure entry."""
-        leaf = self._find(gpa)
-        if leaf & (self._structure | CLEAN) != self._structure:
-            leaf = self._structure_leaf(gpa, leaf)
-        hpa = leaf & LEAF_ADDRESS | gpa & PAGE_OFFSET
-        if size == 8:
-            return self._memory.words[hpa >> 3]
-        return int.from_bytes(self._memory.read(hpa, size), "little")
-
-    def compare_and_store(self, gpa: int, size: int, old: int, new: int) -> None:
-        """Set accessed and dirty flags in a paging-structure entry."""
-        leaf = self._ept.translate(gpa)
-        if not leaf & W and not self._reaches(leaf, WRITE):
-            raise PagingStructureViolation(gpa, WRITE, leaf, modifies=True)
-        hpa = leaf & LEAF_ADDRESS | gpa & PAGE_OFFSET
-        if int.from_bytes(self._memory.read(hpa, size), "little") != old:
-            raise EntryChanged(f"the paging-structure entry at GPA {gpa:#x} changed under a walk")
-        data = new.to_bytes(size, "little")
-        if self.fetch_side is not None:
-            self.fetch_side.before_write(hpa, None)
-        if self._writer is None:
-            self._memory.write(hpa, data)
-        else:
-            self._writer.write([(hpa, gpa, data)], cause="page walk", mmu=self)
-
-    def _structure_leaf(self, gpa: int, leaf: int) -> int:
-        """The leaf for an access to a paging structure that the EPT does not simply allow; raises the violation."""
-        if leaf & self._structure != self._structure and not self._reaches(leaf, READ):
-            raise PagingStructureViolation(gpa, READ, leaf, modifies=bool(self._structure & W))
-        return self._ept.dirty(gpa) if leaf & CLEAN and self._writer is not _NO_WRITER else leaf
-
-    def _reaches(self, leaf: int, access: int) -> bool:
-        """Whether a walk may reach a paging structure although the EPT does not allow it.
-
-        The VMM's own may, and any may read in a code frame that was made R-X for walks: with EPT accessed and dirty
-        flags that would be a violation each time.
-        """
-        if not leaf or leaf == MISCONFIGURED:
-            return False
-        return self._writer is not None or (access == READ and bool(leaf & R) and self._frames.at(leaf).readable)
-
-    @contextmanager
-    def structure_access(self, writer: StructureWriter) -> Iterator[None]:
-        """Let walks reach paging structures in code frames, with their updates going to ``writer``."""
-        before, self._writer, self._find = (self._writer, self._find), writer, self._ept.translate
-        if writer is _NO_WRITER:
-            self._find = self._ept.look
-        try:
-            yield
-        finally:
-            self._writer, self._find = before
-
     # Looking at the guest
 
     def peek(self, gva: int) -> int | None:
         """The host address behind a linear address, for looking only: no rights, no flags set; None if unmapped."""
         try:
-            with self.structure_access(_NO_WRITER):
-                translation = walk(
-                    self, self.current_mode(), self._context.cr3, gva, Access.READ, user=False, set_bits=False
-                )
+            with self.structures.reached_by(NO_WRITER):
+                mode, cr3 = self.current_mode(), self._context.cr3
+                translation = walk(self.structures, mode, cr3, gva, Access.READ, user=False, set_bits=False)
         except (PageFault, PagingStructureViolation):
             return None
         leaf = self._ept.look(translation.gpa)
@@ -357,8 +289,8 @@ class Mmu:
             return None
         if mode.levels:
             try:
-                with self.structure_access(_NO_WRITER):
-                    found = entries(self, mode, root, page)
+                with self.structures.reached_by(NO_WRITER):
+                    found = entries(self.structures, mode, root, page)
             except PagingStructureViolation:
                 return None
             leaf = found[-1]
@@ -388,10 +320,9 @@ class Mmu:
         """Whether the guest's page tables forbid a store to a linear page; the fault is then the ``refusal``."""
         context = self._context
         try:
-            with self.structure_access(_NO_WRITER):
-                walk(
-                    self, self.current_mode(), context.cr3, page, Access.WRITE, user=context.cpl == 3, set_bits=False
-                )
+            with self.structures.reached_by(NO_WRITER):
+                mode, user = self.current_mode(), context.cpl == 3
+                walk(self.structures, mode, context.cr3, page, Access.WRITE, user=user, set_bits=False)
         except PageFault as fault:
             self.refusal = GuestFault(page, WRITE, fault.error_code)
             return True
@@ -402,7 +333,7 @@ class Mmu:
         context = self._context
         for access in (Access.WRITE, Access.READ):
             try:
-                walk(self, self.current_mode(), context.cr3, page, access, user=context.cpl == 3)
+                walk(self.structures, self.current_mode(), context.cr3, page, access, user=context.cpl == 3)
             except PageFault:
                 continue
             return
@@ -450,13 +381,3 @@ class Mmu:
             pages.update(page for page in candidates if self.peek(page) == frame.hpa)
         self._fixed_pages[frame.hpa] = sorted(pages)
         return self._fixed_pages[frame.hpa]
-
-
-class _NoWriter:
-    """For walks that set no flags."""
-
-    def write(self, pieces: list[tuple[int, int, bytes]], *, cause: str, mmu: Mmu | None) -> None:
-        raise AssertionError(pieces, cause, mmu)
-
-
-_NO_WRITER: Final = _NoWriter()

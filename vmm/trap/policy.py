@@ -208,7 +208,7 @@ class Trap:
             self.control.grant_reads(frame, "page walk")
             return None
         try:
-            with self.mmu.structure_access(self.door):
+            with self.mmu.structures.reached_by(self.door):
                 self.mmu.walk_again(violation.page)
         except SealedFrame as sealed:
             return self.refusals.of_walk(sealed.gpa)
