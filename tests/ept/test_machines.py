@@ -75,6 +75,14 @@ class TestEntriesThatTheHostHasChanged:
 
         assert made.run().detail["value"] == 7
 
+    @pytest.mark.parametrize("cpl", [0, 3])
+    def test_also_one_that_forbids_only_fetches_from_user_mode_addresses(self, cpl):
+        made = tiny.build(END, options=RunOptions(ept=OTHERS["mode-based-execute"], check=True), cpl=cpl)
+        ept = made.machine.ept
+        ept.write_entry(CODE, 2, ept.read_entry(CODE, 2) & ~(1 << 10))
+        assert made.run().reason == "EPT violation"
+        assert [hex(v.qualification) for v in made.violations] == ["0x1a4"]
+
     def test_the_address_of_a_misconfiguration_is_exact(self):
         made = tiny.build(f"mov al, 7\nmov [{DATA + 0x123}], al\n{END}")
         made.machine.protect(DATA, PAGE, Permission.W)

@@ -62,7 +62,7 @@ class GuestStructures:
         """Set accessed and dirty flags in a paging-structure entry."""
         leaf = self._ept.translate(gpa)
         if not leaf & W and not self._reaches(leaf, WRITE):
-            raise PagingStructureViolation(gpa, WRITE, leaf, modifies=True)
+            raise PagingStructureViolation(gpa, WRITE, leaf, self.needed | W)
         hpa = leaf & ADDRESS_MASK | gpa & _OFFSET
         if int.from_bytes(self._memory.read(hpa, size), "little") != old:
             raise EntryChanged(f"the paging-structure entry at GPA {gpa:#x} changed under a walk")
@@ -88,7 +88,7 @@ class GuestStructures:
     def _admit(self, gpa: int, leaf: int) -> int:
         """The leaf for a read that the EPT does not simply allow; raises the violation."""
         if leaf & self.needed != self.needed and not self._reaches(leaf, READ):
-            raise PagingStructureViolation(gpa, READ, leaf, modifies=bool(self.needed & W))
+            raise PagingStructureViolation(gpa, READ, leaf, self.needed)
         return self._ept.dirty(gpa) if leaf & CLEAN and self._writer is not NO_WRITER else leaf
 
     def _reaches(self, leaf: int, access: int) -> bool:

@@ -151,18 +151,12 @@ class Mmu:
         if leaf == MISCONFIGURED:
             self.refusal = Misconfiguration(page, access, translation.gpa, final=True)
         else:
-            self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
+            self.refusal = Violation(page, access, translation.gpa, leaf, final=True, needed=needed)
             if self._advanced:
                 self.refusal.advanced = advanced(
                     user=translation.user, read_write=translation.read_write, execute_disable=translation.nx
                 )
         return True
-
-    def needed(self, violation: Violation) -> int:
-        """What all EPT entries have to allow for a refused access (bits 2:0 of an entry)."""
-        if not violation.final:
-            return self.structures.needed | _NEEDED[violation.access]
-        return _NEEDED[violation.access]
 
     def used(self, gpa: int, access: int, leaf: int) -> int:
         """The leaf for the engine of a page whose EPT dirty flag is clear: a write sets it, all else must not hide one.

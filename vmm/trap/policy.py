@@ -184,7 +184,7 @@ class Trap:
         host = self._host_of(violation)
         if host is None:
             raise UnmappedAccess(violation)
-        if not self.control.can_allow(violation.gpa, self.mmu.needed(violation)):
+        if not self.control.can_allow(violation.gpa, violation.needed):
             raise DeniedAbove(violation)
         return self.frames.at(host)
 
@@ -267,7 +267,7 @@ class Trap:
             return None
         access = violation.access if violation.linear_access is None else violation.linear_access
         address = self.instruction.faulting_address(violation.page, access)
-        both = violation.modifies or (violation.final and self._is_of_modification(violation, address))
+        both = violation.updates or (violation.final and self._is_of_modification(violation, address))
         qualification = encode(
             read=violation.access == READ or both,
             write=violation.access == WRITE or modifies or both,
