@@ -36,7 +36,8 @@ class Processor:
     """Runs one vCPU, by turns if there are others.
 
     Everything that the guest can do comes out of the engines as a ``Stop``; everything that the host wants comes
-    in through ``pending`` (events to inject), ``interrupts`` (external interrupts) and ``state``.
+    in through ``pending`` (events to inject), ``interrupts`` (external interrupts) and ``state``. ``interrupts`` is
+    what a local APIC has in its IRR (SDM vol. 3, 11.8.4): a vector is pending or not, and the highest is taken first.
     """
 
     vcpu: VirtualCpu
@@ -47,7 +48,7 @@ class Processor:
     state: RunState
     single_step: bool
     pending: deque[Event] = field(factory=deque)
-    interrupts: deque[int] = field(factory=deque)
+    interrupts: set[int] = field(factory=set)
     #: Whether it waits at a HLT.
     halted: bool = False
     _stepped_block: tuple[tuple[Span, ...], str] = ((), "")
@@ -66,7 +67,7 @@ class Processor:
         while not (state.is_over or self.halted or pace.is_over):
             if self.pending or self.interrupts:
                 self._deliver_what_is_due()
-            if state.ending is None:
+            if state.ending is None and not pace.is_over:
                 stop = self._enter()
                 if not (stop is Stop.REFUSED and pace.is_over):  # the first fetch of the next turn, which will see
                     self._answer(stop)
@@ -131,7 +132,8 @@ class Processor:
         if self.pending:
             self._deliver(self.pending.popleft())
         elif self.interrupts and self._interruptible:
-            vector = self.interrupts.popleft()
+            vector = max(self.interrupts)
+            self.interrupts.remove(vector)
             self.reporter.count(ExitReason.EXTERNAL_INTERRUPT)
             if self.reporter.observed:
                 self.reporter.exit(exits.ExternalInterrupt(rip=self.vcpu.context.pc, vector=vector))

@@ -30,6 +30,8 @@ def summarize(machine: Machine, outcome: Outcome, painter: Painter) -> None:
     _printed(bytes(machine.console.output), painter)
     good = outcome.status is Status.OK
     _row("end", f"{outcome.what}{_as_wanted(machine, outcome)}", painter, Style.GOOD if good else Style.BAD)
+    if len(machine.vcpus) > 1:
+        _row("vCPUs", _vcpus(machine), painter)
     _row("exits", _exits(machine), painter)
     _row("patches", _patches(machine), painter)
     _row("blocks", _blocks(machine), painter)
@@ -65,6 +67,11 @@ def _printed(output: bytes, painter: Painter) -> None:
         painter.line(f"| {one_line(text[:_TEXT_WIDTH])}")
     if lines:
         painter.line()
+
+
+def _vcpus(machine: Machine) -> str:
+    retired = " + ".join(f"{vcpu.pace.retired:,}" for vcpu in machine.vcpus)
+    return f"{len(machine.vcpus)}, interleaved by seed {machine.seed}: {retired} instructions"
 
 
 def _exits(machine: Machine) -> str:

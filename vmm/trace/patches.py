@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vmm.trace.names import Names
     from vmm.translation import Block
 
+_INT3: Final = 0xCC
 #: Instructions shown of each side.
 _SHOWN: Final = 4
 #: Bytes of a modification that are disassembled.
@@ -65,6 +66,8 @@ class Patch:
             if not length and len(rest) < MAX_LENGTH:
                 return  # it goes on in another frame
             length = length or 1
+            if code[at] == _INT3 and at + length == self.first:
+                return  # nobody knows whether an instruction begins behind it
             if at + length > self.first:
                 yield disassemble(rest, self.start + at, self.bits, limit=1)[0]
             at += length
