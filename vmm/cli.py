@@ -165,6 +165,47 @@ def check(trace: str, *, expect: str, guest: str | None, color: str) -> int:
     return check_file(trace, expect, guest, color=color)
 
 
+@main.group()
+def ept() -> None:
+    """Explain EPT entries, exit qualifications and walks, field by field."""
+
+
+_profile = click.option(
+    "--profile",
+    metavar="NAME",
+    default="default",
+    show_default=True,
+    help="The processor: default, accessed-dirty, mode-based-execute, advanced, minimal, or IA32_VMX_EPT_VPID_CAP.",
+)
+_as_json = click.option("--json", "as_json", is_flag=True, help="A JSON object (docs/formats.md).")
+
+
+@ept.command()
+@click.option("--qualification", metavar="N", help="The exit qualification of an EPT violation.")
+@click.option("--entry", metavar="N", help="An EPT entry, 64 bits.")
+@click.option("--level", type=click.IntRange(1, 4), help="Which entry: 4 PML4E, 3 PDPTE, 2 PDE, 1 PTE.")
+@_profile
+@_as_json
+def explain(qualification: str | None, entry: str | None, level: int | None, profile: str, *, as_json: bool) -> None:
+    """Put an exit qualification or an EPT entry into words."""
+    from vmm.commands.ept import explain as explain_it  # noqa: PLC0415 - a command imports what it needs
+
+    explain_it(qualification, entry, level, profile, as_json=as_json)
+
+
+@ept.command()
+@click.argument("target")
+@click.argument("gpa")
+@click.option(
+    "--access", type=click.Choice(["read", "write", "fetch"]), default="read", show_default=True, help="For what."
+)
+@_profile
+@_as_json
+def walk(target: str, gpa: str, access: str, profile: str, *, as_json: bool) -> None:
+    """Show each EPT entry that translates GPA in TARGET as it starts, and the rule that decides."""
+    from vmm.commands.ept import walk as walk_it  # noqa: PLC0415 - a command imports what it needs
+
+    walk_it(target, gpa, access, profile, as_json=as_json)
 @main.command()
 @click.argument("trace")
 @click.option("--guest", metavar="TARGET", help="The guest, if it is not where it was when the trace was made.")

@@ -14,8 +14,8 @@ from vmm.cpu.events import Event, EventType
 from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Workpiece
 from vmm.devices.from_manifest import attach_inputs
 from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
-from vmm.ept import ExtendedPageTables, Permission
-from vmm.ept.tables import GPA_LIMIT
+from vmm.ept import PROFILES, EptProfile, ExtendedPageTables, Permission
+from vmm.ept.bits import GPA_LIMIT
 from vmm.errors import OptionError
 from vmm.exits import End, FrameEvent, Record
 from vmm.guest import boot
@@ -53,7 +53,8 @@ class RunOptions:
     access is refused and nothing is recorded. ``block_events`` has every block event reported. ``capacity`` is that of
     the block cache, in blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its
     schedule, ``coherence`` and ``wx`` its policy's. ``input`` is what the guest reads at its input port instead of
-    the manifest's file, ``time`` what its clock shows, in nanoseconds since 1970.
+    the manifest's file, ``time`` what its clock shows, in nanoseconds since 1970. ``ept`` is what the processor's EPT
+    can do, and what of it is enabled.
     """
 
     audit: bool = False
@@ -65,6 +66,7 @@ class RunOptions:
     seconds: float | None = None
     seed: int | None = None
     coherence: Coherence | None = None
+    ept: EptProfile = PROFILES["default"]
     wx: Literal["off", "fault", "stop"] | None = None
     input: bytes | None = None
     time: int | None = None
@@ -95,7 +97,7 @@ class Machine:
         self._ram_size = state.memory
         self._system_gpa = state.system.gpa
         self.frames: Final = Frames(self._first_gpa)
-        self.ept: Final = ExtendedPageTables()
+        self.ept: Final = ExtendedPageTables(self.options.ept, host_size=self.memory.size)
         self.blocks: Final = BlockCache(self._forget, capacity=self.options.capacity)
         self.door: Final = Door(self.memory, self.frames, self.blocks, self.reporter)
         self._several = len(state.cpus) > 1
@@ -312,6 +314,14 @@ class Machine:
                 self.control.protect(self.frames.at(hpa), access, where & -PAGE)
             self._flush()
 
+    def invept(self) -> None:
+        """Forget every cached translation, as INVEPT does: what a change of entries in ``ept`` itself asks for.
+
+        ``ept.write_entry`` changes what the processor finds, whatever the state of the frames; to have a GPA lead
+        elsewhere for good, or to allow more or less, use ``alias`` and ``protect``, which know about code.
+        """
+        self._flush()
+
     @property
     def keeps_wx(self) -> bool:
         """Whether the run has a W^X policy."""
@@ -382,12 +392,12 @@ class Machine:
         done = 0
         while done < size:
             where = gpa + done
-            entry = self.ept.entry(where) if 0 <= where < GPA_LIMIT else None
-            if entry is None or not entry.mapped:
+            page = self.ept.host_page(where)
+            if page is None:
                 what = f"GPA {where:#x} has no memory"
                 raise OptionError(what, where="guest memory", fix="stay inside the guest's RAM")
             length = min(size - done, PAGE - where % PAGE)
-            places.append((entry.address | where % PAGE, where, length))
+            places.append((page | where % PAGE, where, length))
             done += length
         return places
 
@@ -486,7 +496,8 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.reset_to(state)
         paging = self.guest.manifest.paging
-        if paging is not None and system.data:
+        # With EPT accessed and dirty flags each walk writes to the guest's tables, as far as the EPT is concerned.
+        if paging is not None and system.data and not self.ept.profile.accessed_dirty:
             for offset in range(PAGE, len(system.data), PAGE):
                 self.ept.protect(system.gpa + offset, Permission.R)
             mappings = [(m.gva, m.gpa, m.length) for m in paging.effective(state.memory)]

@@ -22,7 +22,7 @@ from vmm.paging.access import ErrorCode
 from vmm.reporter import Reporter
 from vmm.run_state import RunState
 from vmm.translation import BlockCache, Span
-from vmm.trap.policy import Trap, UnmappedAccess
+from vmm.trap.policy import DeniedAbove, Trap, UnmappedAccess
 from vmm.trap.refusal import RunEnded
 from vmm.vcpu import VirtualCpu
 
@@ -91,7 +91,7 @@ class Processor:
         try:
             outcome = self.trap.step()
         except UnmappedAccess as problem:
-            self._unmapped(problem.violation)
+            self._unmapped(problem)
             return None
         if view is not None and (outcome is None or context.pc != pc):
             view.synchronised(code, bits, lambda: self._line_of(decoded))
@@ -183,7 +183,7 @@ class Processor:
                 try:
                     self._answer(self.trap.answer(refusal))
                 except UnmappedAccess as problem:
-                    self._unmapped(problem.violation)
+                    self._unmapped(problem)
             case (GuestFault() | NonCanonical()) if self._is_early(refusal.page, refusal.access):
                 self._answer(self._step())
             case (GuestFault() | NonCanonical()) if refusal.access != FETCH and self._is_undefined():
@@ -310,12 +310,19 @@ class Processor:
         """The host has set up the EPT wrongly; only a handler can mend that."""
         self.reporter.count(ExitReason.EPT_MISCONFIGURATION)
         decision: Event | bool | None = None
+        gpa = refusal.gpa
+        if refusal.final:
+            gpa |= self.vcpu.instruction.faulting_address(refusal.page, refusal.access) & PAGE - 1
         if self.reporter.observed:
-            decision = self.reporter.exit(exits.EptMisconfiguration(rip=self.vcpu.context.pc, gpa=refusal.gpa))
+            decision = self.reporter.exit(exits.EptMisconfiguration(rip=self.vcpu.context.pc, gpa=gpa))
         if isinstance(decision, Event):
             self._deliver(decision)
         elif decision is None:
-            self.state.finish("EPT misconfiguration", {"gpa": refusal.gpa})
+            self.state.finish("EPT misconfiguration", {"gpa": gpa})
 
-    def _unmapped(self, violation: Violation) -> None:
-        self.state.finish("unmapped memory", {"gpa": violation.gpa, "gva": violation.page})
+    def _unmapped(self, problem: UnmappedAccess) -> None:
+        where = {"gpa": problem.violation.gpa, "gva": problem.violation.page}
+        if isinstance(problem, DeniedAbove):
+            self.state.finish("EPT violation", where)
+        else:
+            self.state.finish("unmapped memory", where)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Final
 from attrs import frozen
 
 from vmm.decode import MAX_LENGTH, decode, disassemble
-from vmm.ept.entry import ADDRESS_MASK
 from vmm.memory import PAGE
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ class PatchReader:
 
     def read(self, record: Modification) -> Patch | None:
         """The patch, while memory still holds it; None if nobody knows where an instruction begins, or it is data."""
-        hpa = self._machine.ept.translate(record.gpa) & ADDRESS_MASK | record.gpa % PAGE
+        hpa = (self._machine.ept.host_page(record.gpa) or 0) | record.gpa % PAGE
         block = self._last.get(hpa & -PAGE)
         if block is not None:
             spans = _widened(block)
