@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+
 import pytest
 import tiny
 from tiny import CODE, DATA, END, PAGE, STACK, assemble, map_page
@@ -15,6 +18,7 @@ from vmm.guest.pagetables import FOUR_LEVEL, PageTables
 from vmm.machine import Machine, RunOptions
 from vmm.memory.frames import MAX_ALIASES, FrameState
 from vmm.outcome import Status, judge
+from vmm.recording import record
 from vmm.trace.console import Entry
 from vmm.trace.names import Names
 from vmm.trace.rendering import line_of
@@ -400,12 +404,13 @@ class TestHost:
             tiny.build(END, mode=mode, paging=False, options=RunOptions(wx="stop"))
 
     def test_an_option_wins_over_the_manifest_and_is_what_a_trace_says(self):
-        from vmm.trace.sink import header
-
-        guest = load_guest("alias-patch")
-        assert header(Machine(guest, RunOptions(wx="stop")).guest)["policy"]["wx"] == "stop"
+        guest, trace = load_guest("alias-patch"), io.BytesIO()
+        machine = Machine(guest, RunOptions(wx="stop"))
+        sink = record(machine, trace)
+        assert machine.run().reason == "W^X violation"
+        sink.flush()
+        assert json.loads(trace.getvalue().partition(b"\n")[0])["policy"]["wx"] == "stop"
         assert Machine(guest).run().reason == "port"
-        assert Machine(guest, RunOptions(wx="stop")).run().reason == "W^X violation"
 
     def test_a_handler_may_approve_at_a_call(self):
         made = build(f"mov byte ptr [{VIEW + 1}], 3; vmcall\n{END}", [map_page(VIEW, TARGET, "rw")])
