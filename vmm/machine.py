@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal, Self
-
-from attrs import evolve, frozen
+from typing import Final, Self
 
 from vmm.block_events import BlockEvents, reporting
 from vmm.coherence import Coherence, FetchSides, FetchView, Sanitizer
@@ -14,62 +12,32 @@ from vmm.cpu.events import Event, EventType
 from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Workpiece
 from vmm.devices.from_manifest import attach_inputs
 from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
-from vmm.ept import PROFILES, EptProfile, ExtendedPageTables, Permission
-from vmm.ept.bits import GPA_LIMIT
+from vmm.ept import ExtendedPageTables, Permission
 from vmm.errors import OptionError
 from vmm.exits import End, FrameEvent, Record
 from vmm.guest import boot
 from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest, load_guest
 from vmm.guest.manifest import WorkpieceSpec
-from vmm.inputs import Alias, Answer, Approve, Inject, Inputs, Interrupt, Protect, Seal, Stop, Write
+from vmm.host_memory import HostMemory
+from vmm.inputs import Answer, Inject, Inputs, Interrupt, Stop
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
-from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.memory.frames import Frames, FrameState
 from vmm.processor import Processor
 from vmm.reporter import E, Handler, Observer, Reporter
 from vmm.run_loop import RunLoop
+from vmm.run_options import RunOptions, with_policy
 from vmm.run_state import RunState
 from vmm.scheduler import Scheduler
 from vmm.translation import BlockCache
-from vmm.translation.cache import DEFAULT_CAPACITY
 from vmm.trap.door import Door
 from vmm.trap.frames import RW, RWX, FrameControl, verify_frame
 from vmm.trap.guard import StepGuard
 from vmm.trap.policy import Trap, TrapPolicy
 from vmm.trap.refusal import Refusals
-from vmm.trap.wx import ANSWERS, is_approved
 from vmm.vcpu import VirtualCpu, verify_engine
-
-
-@frozen(slots=True)
-class RunOptions:
-    """How to run a guest, beyond what its manifest says.
-
-    ``audit`` checks the bytes of every block at every entry (slow). ``check`` verifies the rules of the trap after
-    every transition. ``single_step`` executes everything on the stepping engine, one instruction at a time, as an
-    oracle for the rest; without ``traps`` it does so in memory that is readable, writable and executable, so that no
-    access is refused and nothing is recorded. ``block_events`` has every block event reported. ``capacity`` is that of
-    the block cache, in blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its
-    schedule, ``coherence`` and ``wx`` its policy's. ``input`` is what the guest reads at its input port instead of
-    the manifest's file, ``time`` what its clock shows, in nanoseconds since 1970. ``ept`` is what the processor's EPT
-    can do, and what of it is enabled.
-    """
-
-    audit: bool = False
-    check: bool = False
-    single_step: bool = False
-    traps: bool = True
-    block_events: bool = False
-    capacity: int = DEFAULT_CAPACITY
-    seconds: float | None = None
-    seed: int | None = None
-    coherence: Coherence | None = None
-    ept: EptProfile = PROFILES["default"]
-    wx: Literal["off", "fault", "stop"] | None = None
-    input: bytes | None = None
-    time: int | None = None
 
 
 class Machine:
@@ -82,7 +50,7 @@ class Machine:
     def __init__(self, guest: Guest, options: RunOptions | None = None) -> None:
         verify_engine()
         self.options: Final = options or RunOptions()
-        guest = _with_policy(guest, self.options)
+        guest = with_policy(guest, self.options)
         self.guest: Final = guest
         state = boot.build(guest)
         self.inputs: Final = Inputs()
@@ -94,9 +62,7 @@ class Machine:
             raise OptionError(what, where="options", fix="give one of the two: the model rests on traps")
         twins = 0 if model is Coherence.COHERENT else len(state.cpus)
         self.memory: Final = GuestMemory(state.memory + len(state.system.data), twins=twins)
-        self._ram_size = state.memory
-        self._system_gpa = state.system.gpa
-        self.frames: Final = Frames(self._first_gpa)
+        self.frames: Final = Frames(state.memory, state.system.gpa)
         self.ept: Final = ExtendedPageTables(self.options.ept, host_size=self.memory.size)
         self.blocks: Final = BlockCache(self._forget, capacity=self.options.capacity)
         self.door: Final = Door(self.memory, self.frames, self.blocks, self.reporter)
@@ -120,6 +86,19 @@ class Machine:
         self.vcpus: Final = [self._make_vcpu(number) for number in range(len(state.cpus))]
         self.inputs.contexts = [vcpu.context for vcpu in self.vcpus]
         self.loop: Final = self._make_loop()
+        self.host_memory: Final = HostMemory(
+            self.memory,
+            self.frames,
+            self.ept,
+            self.blocks,
+            self.control,
+            self.door,
+            self.inputs,
+            self.vcpus,
+            keeps_wx=self.keeps_wx,
+            current=lambda: self._current.mmu,
+            flush=self._flush,
+        )
         #: How the run ended, once it has.
         self.end: End | None = None
         self._events: Final = [self._hear(processor) for processor in self.loop.processors]
@@ -258,22 +237,14 @@ class Machine:
 
     def read(self, gpa: int, size: int) -> bytes:
         """``size`` bytes; raises ``OptionError`` where there is no memory."""
-        return b"".join(self.memory.read(hpa, length) for hpa, _, length in self._places(gpa, size))
+        return self.host_memory.read(gpa, size)
 
     def write(self, gpa: int, data: bytes) -> None:
         """Change memory from the host; raises ``OptionError`` where there is none, or it is sealed.
 
         Under a W^X policy the frames are no longer approved.
         """
-        places = self._places(gpa, len(data))
-        self._refuse_sealed(places, "write")
-        pieces = [(hpa, where, data[where - gpa : where - gpa + length]) for hpa, where, length in places]
-        with self.inputs.during(Write(gpa, data)):
-            self.door.write(pieces, cause="host", mmu=self._current.mmu)
-            if any(hpa >= self._ram_size for hpa, _, _ in places):
-                for vcpu in self.vcpus:
-                    vcpu.mmu.tables_changed()
-                self._flush()
+        self.host_memory.write(gpa, data)
 
     def alias(self, gpa: int, target: int, size: int) -> None:
         """Make ``size`` bytes of GPAs reach the frames of other GPAs (all multiples of 4096).
@@ -281,20 +252,7 @@ class Machine:
         Raises ``OptionError`` for anything else, for GPAs from 2^48 on, for GPAs that lead to sealed frames, and for
         targets without memory; then nothing has changed.
         """
-        if (gpa | target | size) % PAGE or not 0 <= gpa <= gpa + size <= GPA_LIMIT:
-            what = f"{size:#x} bytes at GPA {gpa:#x} for {target:#x}"
-            raise OptionError(what, where="alias", fix="give multiples of 4096 below 2^48")
-        places = self._places(target, size)
-        for page in range(gpa, gpa + size, PAGE):
-            before = self.control.host_of(page)
-            if before is not None and self.frames.at(before).state is FrameState.SEALED:
-                raise OptionError(f"GPA {page:#x} is sealed", where="alias", fix="sealed code stays where it is")
-        with self.inputs.during(Alias(gpa, target, size)):
-            for host, where, _ in places:
-                self._map(gpa + where - target, self.frames.at(host))
-            for vcpu in self.vcpus:
-                vcpu.mmu.frames_changed()
-            self._flush()
+        self.host_memory.alias(gpa, target, size)
 
     def protect(self, gpa: int, size: int, access: Permission) -> None:
         """Change what the EPT allows for whole pages until the next change of their frame's state.
@@ -302,17 +260,22 @@ class Machine:
         Raises ``OptionError`` for writable and executable together, which no frame ever is, for sealed frames
         that are to be writable, and for frames that a W^X policy has not approved and that are to be executable.
         """
-        if access & Permission.W and access & Permission.X:
-            raise OptionError(f"access {access}", where="protect", fix="a frame is writable or executable, never both")
-        places = self._places(gpa & -PAGE, size + gpa % PAGE)
-        if access & Permission.W:
-            self._refuse_sealed(places, "protect")
-        if access & Permission.X and self.keeps_wx:
-            self._refuse_unapproved(places)
-        with self.inputs.during(Protect(gpa, size, access)):
-            for hpa, where, _ in places:
-                self.control.protect(self.frames.at(hpa), access, where & -PAGE)
-            self._flush()
+        self.host_memory.protect(gpa, size, access)
+
+    def approve(self, gpa: int, size: int) -> None:
+        """Let the frames of ``size`` bytes be executed as they are now, under a W^X policy, until they are written.
+
+        Raises ``OptionError`` where there is no memory, and in a run without such a policy.
+        """
+        self.host_memory.approve(gpa, size)
+
+    def seal(self, gpa: int, size: int) -> None:
+        """Make code final: every later store to these frames is refused, through whichever alias, for good.
+
+        An instruction that is under way, as when a device seals in the middle of an INS, is completed first. Under
+        a W^X policy the frames are approved by this.
+        """
+        self.host_memory.seal(gpa, size)
 
     def invept(self) -> None:
         """Forget every cached translation, as INVEPT does: what a change of entries in ``ept`` itself asks for.
@@ -322,37 +285,17 @@ class Machine:
         """
         self._flush()
 
+    def verify(self) -> None:
+        """Check the rules of the trap for every frame, if there is a trap; raises ``InvariantError``."""
+        for frame in self.frames if self.options.traps else ():
+            verify_frame(self.ept, self.blocks, frame)
+
+    # What was counted
+
     @property
     def keeps_wx(self) -> bool:
         """Whether the run has a W^X policy."""
         return self.guest.manifest.policy.wx != "off"
-
-    def approve(self, gpa: int, size: int) -> None:
-        """Let the frames of ``size`` bytes be executed as they are now, under a W^X policy, until they are written.
-
-        Raises ``OptionError`` where there is no memory, and in a run without such a policy.
-        """
-        if not self.keeps_wx:
-            raise OptionError("the run has no W^X policy", where="approve", fix="give [policy].wx or RunOptions.wx")
-        places = self._places(gpa, size)
-        with self.inputs.during(Approve(gpa, size)):
-            for hpa, _, _ in places:
-                frame = self.frames.at(hpa)
-                if not is_approved(frame):
-                    self.control.move(frame, FrameState.CODE, "approve")
-
-    def seal(self, gpa: int, size: int) -> None:
-        """Make code final: every later store to these frames is refused, through whichever alias, for good.
-
-        An instruction that is under way, as when a device seals in the middle of an INS, is completed first. Under
-        a W^X policy the frames are approved by this.
-        """
-        places = self._places(gpa, size)
-        with self.inputs.during(Seal(gpa, size)):
-            for hpa, _, _ in places:
-                frame = self.frames.at(hpa)
-                if frame.state is not FrameState.SEALED:
-                    self.control.move(frame, FrameState.SEALED, "seal")
 
     @property
     def stale(self) -> int:
@@ -368,38 +311,6 @@ class Machine:
     def audited(self) -> int:
         """Block entries that the auditor has checked."""
         return sum(events.auditor.entries for events in self._events)
-
-    def verify(self) -> None:
-        """Check the rules of the trap for every frame, if there is a trap; raises ``InvariantError``."""
-        for frame in self.frames if self.options.traps else ():
-            verify_frame(self.ept, self.blocks, frame)
-
-    def _refuse_sealed(self, places: list[tuple[int, int, int]], what: str) -> None:
-        for hpa, where, _ in places:
-            if self.frames.at(hpa).state is FrameState.SEALED:
-                raise OptionError(f"GPA {where:#x} is sealed", where=what, fix="sealed code never changes")
-
-    def _refuse_unapproved(self, places: list[tuple[int, int, int]]) -> None:
-        for hpa, where, _ in places:
-            if not is_approved(self.frames.at(hpa)):
-                raise OptionError(f"GPA {where:#x} is not approved", where="protect", fix="approve it first")
-
-    def _places(self, gpa: int, size: int) -> list[tuple[int, int, int]]:
-        """(HPA, GPA, bytes) page by page; raises ``OptionError`` where nothing is mapped."""
-        if size < 0:
-            raise OptionError(f"a size of {size}", where="guest memory", fix="give 0 or more bytes")
-        places = []
-        done = 0
-        while done < size:
-            where = gpa + done
-            page = self.ept.host_page(where)
-            if page is None:
-                what = f"GPA {where:#x} has no memory"
-                raise OptionError(what, where="guest memory", fix="stay inside the guest's RAM")
-            length = min(size - done, PAGE - where % PAGE)
-            places.append((page | where % PAGE, where, length))
-            done += length
-        return places
 
     # Putting it together
 
@@ -504,21 +415,6 @@ class Machine:
             for vcpu in self.vcpus:
                 vcpu.mmu.fix_tables(state.cr3, mappings)
 
-    def _first_gpa(self, hpa: int) -> int:
-        return hpa if hpa < self._ram_size else hpa - self._ram_size + self._system_gpa
-
-    def _map(self, gpa: int, frame: Frame) -> None:
-        """One more GPA for a frame; blocks of whatever was there before must go."""
-        before = self.control.host_of(gpa)
-        if before is not None:
-            old = self.frames.at(before)
-            if old.state is FrameState.WINDOW and old.gpas == [gpa]:
-                self.control.move(old, FrameState.DATA, "remap")  # journaled while it has an address
-            self.blocks.invalidate(old.hpa, PAGE, "remap")
-            old.gpas.remove(gpa)
-        frame.gpas.append(gpa)
-        self.ept.map(gpa, frame.hpa, self.control.permissions(frame))
-
     @property
     def _current(self) -> VirtualCpu:
         """The vCPU at work."""
@@ -543,26 +439,6 @@ class Machine:
     def _print(self, data: bytes) -> None:
         for printer in self._printers:
             printer(data)
-
-
-def _with_policy(guest: Guest, options: RunOptions) -> Guest:
-    """The guest with the W^X policy that it is run with; raises ``OptionError`` if it cannot be."""
-    wx = guest.manifest.policy.wx if options.wx is None else options.wx
-    if wx not in ANSWERS:
-        raise OptionError(f"wx = {wx!r}", where="policy", fix=f"choose one of {', '.join(ANSWERS)}")
-    if wx != "off" and not guest.manifest.has_page_tables:
-        fix = "give it [paging], or no W^X policy"
-        raise OptionError("without page tables everything is writable and executable", where="wx", fix=fix)
-    if wx != "off" and (options.coherence or Coherence(guest.manifest.policy.coherence)) is not Coherence.COHERENT:
-        fix = "use one of the two policies"
-        raise OptionError("frames that must be approved have no stale code", where="wx and coherence", fix=fix)
-    if not options.traps and (wx != "off" or guest.manifest.policy.code == "seal"):
-        what = "no traps with a policy that refuses accesses"
-        raise OptionError(what, where="options", fix="give one of the two: wx and sealed code rest on traps")
-    if wx == guest.manifest.policy.wx:
-        return guest
-    manifest = guest.manifest
-    return evolve(guest, manifest=evolve(manifest, policy=evolve(manifest.policy, wx=wx)))
 
 
 __all__ = ["FrameEvent", "Machine", "Record", "RunOptions"]

@@ -45,26 +45,26 @@ class TestGuestMemory:
 
 class TestFrames:
     def test_any_address_in_a_frame_gives_that_frame(self):
-        frames = Frames(lambda hpa: hpa + 0x100000)
+        frames = Frames(0, 0x100000)
         frame = frames.at(0x1FFF)
         assert frames.at(0x1000) is frame
         assert frames.at(0x2000) is not frame
         assert (frame.hpa, frame.gpas, frame.state) == (0x1000, [0x101000], FrameState.DATA)
 
     def test_only_what_was_asked_about_exists(self):
-        frames = Frames(lambda hpa: hpa)
+        frames = Frames(1 << 20, 1 << 20)
         assert list(frames) == []
         frames.at(5 * PAGE)
         assert [frame.hpa for frame in frames] == [5 * PAGE]
 
     def test_aliases_are_kept_by_address_space(self):
-        frame = Frames(lambda hpa: hpa).at(0)
+        frame = Frames(1 << 20, 1 << 20).at(0)
         for root, page in ((1, PAGE), (2, PAGE), (1, PAGE), (1, 2 * PAGE)):
             frame.learn(root, page)
         assert list(frame.linear) == [(1, PAGE), (2, PAGE), (1, 2 * PAGE)]
 
     def test_a_guest_with_endless_aliases_uses_no_endless_memory(self):
-        frame = Frames(lambda hpa: hpa).at(0)
+        frame = Frames(1 << 20, 1 << 20).at(0)
         for page in range(3 * MAX_ALIASES):
             frame.learn(0, page * PAGE)
         assert len(frame.linear) == MAX_ALIASES

@@ -17,7 +17,7 @@ sealed       --- or R--           X             never; a store is refused
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from attrs import define, field
 
@@ -77,11 +77,12 @@ class Frame:
 class Frames:
     """All frames that anything was asked about, by host address.
 
-    ``gpa_of`` gives the GPA that a frame has from the start.
+    ``ram`` is the size of RAM in bytes, ``system_gpa`` the first GPA of the system area, which follows it.
     """
 
-    def __init__(self, gpa_of: Callable[[int], int]) -> None:
-        self._gpa_of = gpa_of
+    def __init__(self, ram: int, system_gpa: int) -> None:
+        self._ram = ram
+        self._system_gpa = system_gpa
         self._frames: dict[int, Frame] = {}
 
     def at(self, hpa: int) -> Frame:
@@ -89,8 +90,16 @@ class Frames:
         page = hpa & -PAGE
         frame = self._frames.get(page)
         if frame is None:
-            frame = self._frames[page] = Frame(page, gpas=[self._gpa_of(page)])
+            frame = self._frames[page] = Frame(page, gpas=[self._first_gpa(page)])
         return frame
 
     def __iter__(self) -> Iterator[Frame]:
         return iter(self._frames.values())
+
+    def is_system(self, hpa: int) -> bool:
+        """Whether an HPA lies in the system area."""
+        return hpa >= self._ram
+
+    def _first_gpa(self, hpa: int) -> int:
+        """The GPA that leads to an HPA from the start."""
+        return hpa if hpa < self._ram else hpa - self._ram + self._system_gpa

@@ -1,0 +1,149 @@
+"""Guest-physical memory as the host reaches it: to look at, and to change with all that follows from that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from attrs import define
+
+from vmm.ept import ExtendedPageTables, Permission
+from vmm.ept.bits import GPA_LIMIT
+from vmm.errors import OptionError
+from vmm.inputs import Alias, Approve, Inputs, Protect, Seal, Write
+from vmm.memory import PAGE, GuestMemory
+from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.mmu import Mmu
+from vmm.translation import BlockCache
+from vmm.trap.door import Door
+from vmm.trap.frames import FrameControl
+from vmm.trap.wx import is_approved
+from vmm.vcpu import VirtualCpu
+
+#: Part of a range: (HPA, GPA, bytes), within one page.
+Place = tuple[int, int, int]
+
+
+@define(slots=True, eq=False)
+class HostMemory:
+    """The part of ``Machine`` that is about memory; its methods say there what they do.
+
+    ``current`` gives the MMU of the vCPU at work, ``flush`` makes every engine forget its address translations.
+    """
+
+    memory: GuestMemory
+    frames: Frames
+    ept: ExtendedPageTables
+    blocks: BlockCache
+    control: FrameControl
+    door: Door
+    inputs: Inputs
+    vcpus: list[VirtualCpu]
+    keeps_wx: bool
+    current: Callable[[], Mmu]
+    flush: Callable[[], None]
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """See ``Machine.read``."""
+        return b"".join(self.memory.read(hpa, length) for hpa, _, length in self._places(gpa, size))
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """See ``Machine.write``."""
+        places = self._places(gpa, len(data))
+        self._refuse_sealed(places, "write")
+        pieces = [(hpa, where, data[where - gpa : where - gpa + length]) for hpa, where, length in places]
+        with self.inputs.during(Write(gpa, data)):
+            self.door.write(pieces, cause="host", mmu=self.current())
+            if any(self.frames.is_system(hpa) for hpa, _, _ in places):
+                for vcpu in self.vcpus:
+                    vcpu.mmu.tables_changed()
+                self.flush()
+
+    def alias(self, gpa: int, target: int, size: int) -> None:
+        """See ``Machine.alias``."""
+        if (gpa | target | size) % PAGE or not 0 <= gpa <= gpa + size <= GPA_LIMIT:
+            what = f"{size:#x} bytes at GPA {gpa:#x} for {target:#x}"
+            raise OptionError(what, where="alias", fix="give multiples of 4096 below 2^48")
+        places = self._places(target, size)
+        for page in range(gpa, gpa + size, PAGE):
+            before = self.control.host_of(page)
+            if before is not None and self.frames.at(before).state is FrameState.SEALED:
+                raise OptionError(f"GPA {page:#x} is sealed", where="alias", fix="sealed code stays where it is")
+        with self.inputs.during(Alias(gpa, target, size)):
+            for host, where, _ in places:
+                self._map(gpa + where - target, self.frames.at(host))
+            for vcpu in self.vcpus:
+                vcpu.mmu.frames_changed()
+            self.flush()
+
+    def protect(self, gpa: int, size: int, access: Permission) -> None:
+        """See ``Machine.protect``."""
+        if access & Permission.W and access & Permission.X:
+            raise OptionError(f"access {access}", where="protect", fix="a frame is writable or executable, never both")
+        places = self._places(gpa & -PAGE, size + gpa % PAGE)
+        if access & Permission.W:
+            self._refuse_sealed(places, "protect")
+        if access & Permission.X and self.keeps_wx:
+            self._refuse_unapproved(places)
+        with self.inputs.during(Protect(gpa, size, access)):
+            for hpa, where, _ in places:
+                self.control.protect(self.frames.at(hpa), access, where & -PAGE)
+            self.flush()
+
+    def approve(self, gpa: int, size: int) -> None:
+        """See ``Machine.approve``."""
+        if not self.keeps_wx:
+            raise OptionError("the run has no W^X policy", where="approve", fix="give [policy].wx or RunOptions.wx")
+        places = self._places(gpa, size)
+        with self.inputs.during(Approve(gpa, size)):
+            for hpa, _, _ in places:
+                frame = self.frames.at(hpa)
+                if not is_approved(frame):
+                    self.control.move(frame, FrameState.CODE, "approve")
+
+    def seal(self, gpa: int, size: int) -> None:
+        """See ``Machine.seal``."""
+        places = self._places(gpa, size)
+        with self.inputs.during(Seal(gpa, size)):
+            for hpa, _, _ in places:
+                frame = self.frames.at(hpa)
+                if frame.state is not FrameState.SEALED:
+                    self.control.move(frame, FrameState.SEALED, "seal")
+
+    def _map(self, gpa: int, frame: Frame) -> None:
+        """One more GPA for a frame; blocks of whatever was there before must go."""
+        before = self.control.host_of(gpa)
+        if before is not None:
+            old = self.frames.at(before)
+            if old.state is FrameState.WINDOW and old.gpas == [gpa]:
+                self.control.move(old, FrameState.DATA, "remap")  # journaled while it has an address
+            self.blocks.invalidate(old.hpa, PAGE, "remap")
+            old.gpas.remove(gpa)
+        frame.gpas.append(gpa)
+        self.ept.map(gpa, frame.hpa, self.control.permissions(frame))
+
+    def _refuse_sealed(self, places: list[Place], what: str) -> None:
+        for hpa, where, _ in places:
+            if self.frames.at(hpa).state is FrameState.SEALED:
+                raise OptionError(f"GPA {where:#x} is sealed", where=what, fix="sealed code never changes")
+
+    def _refuse_unapproved(self, places: list[Place]) -> None:
+        for hpa, where, _ in places:
+            if not is_approved(self.frames.at(hpa)):
+                raise OptionError(f"GPA {where:#x} is not approved", where="protect", fix="approve it first")
+
+    def _places(self, gpa: int, size: int) -> list[Place]:
+        """Page by page; raises ``OptionError`` where nothing is mapped."""
+        if size < 0:
+            raise OptionError(f"a size of {size}", where="guest memory", fix="give 0 or more bytes")
+        places = []
+        done = 0
+        while done < size:
+            where = gpa + done
+            page = self.ept.host_page(where)
+            if page is None:
+                what = f"GPA {where:#x} has no memory"
+                raise OptionError(what, where="guest memory", fix="stay inside the guest's RAM")
+            length = min(size - done, PAGE - where % PAGE)
+            places.append((page | where % PAGE, where, length))
+            done += length
+        return places
