@@ -165,7 +165,8 @@ class Processor:
             case Stop.HALT:
                 self._halt()
             case Stop.EXACT:
-                self._answer(self._step())
+                if self.state.ending is None:
+                    self._answer(self._step())
             case Stop.ASKED:
                 self.blocks.trim()
                 if self._stepped_block[0]:
