@@ -4,5 +4,27 @@ from vmm.devices.bus import Device, PortBus
 from vmm.devices.console import ConsolePort
 from vmm.devices.debug_exit import DebugExit
 from vmm.devices.interprocessor import InterprocessorPort
+from vmm.devices.keyboard_controller import KeyboardController
+from vmm.devices.pci import PciConfiguration
+from vmm.devices.pic import InterruptController
+from vmm.devices.pit import IntervalTimer
+from vmm.devices.registers import ByteWide
+from vmm.devices.rtc import RealTimeClock
+from vmm.devices.system_control import SystemControlPort
+from vmm.devices.uart import SerialPort
 
-__all__ = ["ConsolePort", "DebugExit", "Device", "InterprocessorPort", "PortBus"]
+__all__ = [
+    "ByteWide",
+    "ConsolePort",
+    "DebugExit",
+    "Device",
+    "InterprocessorPort",
+    "InterruptController",
+    "IntervalTimer",
+    "KeyboardController",
+    "PciConfiguration",
+    "PortBus",
+    "RealTimeClock",
+    "SerialPort",
+    "SystemControlPort",
+]
