@@ -13,7 +13,7 @@ from vmm.exits import Cpuid, Exit, ExitReason, IoInstruction, Rdtsc, Rdtscp
 from vmm.mmu import CurrentInstruction
 from vmm.reporter import Reporter
 
-#: Virtual time-stamp ticks that each VM exit takes. Time depends on nothing else, so that runs repeat.
+#: Virtual time-stamp ticks that each VM exit takes. Without a board time depends on nothing else, so that runs repeat.
 TICKS_PER_EXIT: Final = 1000
 
 _IN: Final = 1 << 3
@@ -33,6 +33,8 @@ class InstructionExits:
         self.instruction: CurrentInstruction
         #: Has an event delivered before the next instruction.
         self.inject: Callable[[Event], None]
+        #: Virtual time, in ticks of the time-stamp counter.
+        self.clock: Callable[[], int] = lambda: reporter.total * TICKS_PER_EXIT
         self._reporter = reporter
 
     @property
@@ -79,7 +81,7 @@ class InstructionExits:
         if not exact and self._wants_boundary:
             return None
         self._reporter.count(ExitReason.RDTSCP if with_processor_id else ExitReason.RDTSC)
-        now = self._reporter.total * TICKS_PER_EXIT
+        now = self.clock()
         if self._reporter.observed:
             kind = Rdtscp if with_processor_id else Rdtsc
             self._consult(kind(rip=engine.pc, value=now))

@@ -23,6 +23,7 @@ from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.pc import Pc
 from vmm.processor import Processor
 from vmm.reporter import E, Handler, Observer, Reporter
 from vmm.run_loop import RunLoop
@@ -69,7 +70,7 @@ class Machine:
         verify_engine()
         self.guest: Final = guest
         self.options: Final = options or RunOptions()
-        state = boot.build(guest)
+        state = guest.boot or boot.build(guest)
         self.reporter: Final = Reporter(guest.manifest.limits.exits)
         self.ports: Final = PortBus()
         model = self.options.coherence or Coherence(guest.manifest.policy.coherence)
@@ -108,6 +109,8 @@ class Machine:
             )
         self.console: Final = ConsolePort(self._print)
         self._printers: list[Callable[[bytes], None]] = []
+        #: The devices of a PC; None where the guest has nothing but a few ports.
+        self.pc: Final = self._make_pc() if guest.is_pc else None
         self._attach_devices()
         self._load(state)
 
@@ -337,6 +340,7 @@ class Machine:
             exits,
             number=number,
             hears_entries=self.options.audit or self._several or self.sanitizer is not None,
+            counts_entries=self.guest.is_pc,
             view=None if self.sanitizer is None else FetchView(self.sanitizer, number),
         )
         vcpu.pace.counts = self._several or self.sanitizer is not None
@@ -373,8 +377,19 @@ class Machine:
             processor.vcpu, self.memory, self.blocks, processor.step_over, audit=self.options.audit
         )
 
+    def _make_pc(self) -> Pc:
+        """A PC's board for the first vCPU, whose time is the machine's."""
+        processor = self.loop.processors[0]
+        countdown = processor.vcpu.free.countdown
+        assert countdown is not None
+        pc = Pc(self.reporter, countdown, self.console.emit, lambda: self.state.finish("reset", {}))
+        processor.board, self._exits[0].clock = pc, pc.now
+        return pc
+
     def _attach_devices(self) -> None:
         manifest = self.guest.manifest
+        if self.pc is not None:
+            self.pc.attach(self.ports)
         self.ports.attach(self.console, manifest.console.port)
         if manifest.end.port is not None:
             ended = DebugExit(lambda port, value: self.state.finish("port", {"port": port, "value": value}))
@@ -437,7 +452,10 @@ class Machine:
 
     def _stop_engines(self) -> None:
         for vcpu in self.vcpus:
-            vcpu.free.ask_to_stop()
+            if vcpu.free.countdown is not None:
+                vcpu.free.countdown.hurry()
+            else:
+                vcpu.free.ask_to_stop()
 
     def _print(self, data: bytes) -> None:
         for printer in self._printers:

@@ -61,13 +61,14 @@ class VirtualCpu:
         *,
         number: int,
         hears_entries: bool,
+        counts_entries: bool = False,
         view: FetchView | None = None,
     ) -> None:
         self.number = number
         #: What it fetches under a weaker coherence model; None if it is coherent.
         self.view = view
         self._blocks = blocks
-        self.free = FreeRunningEngine(memory, hears_entries=hears_entries)
+        self.free = FreeRunningEngine(memory, hears_entries=hears_entries, counts_entries=counts_entries)
         self.stepping = SteppingEngine(memory)
         self.context = Context(self.free.handle)
         self.mmu = Mmu(memory, ept, frames, self.context)

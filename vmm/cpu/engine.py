@@ -195,10 +195,12 @@ class Engine:
 
     # Hooks
 
-    def _hook(self, kind: int, callback: object, instruction: int | None = None) -> None:
+    def _hook(
+        self, kind: int, callback: object, instruction: int | None = None, user_data: object = None
+    ) -> None:
         self._keep.append(callback)
         handle = ctypes.c_size_t()
-        arguments: list[Any] = [ctypes.c_void_p(self.handle), ctypes.byref(handle), kind, callback, None]
+        arguments: list[Any] = [ctypes.c_void_p(self.handle), ctypes.byref(handle), kind, callback, user_data]
         arguments += [b.u64(1), b.u64(0)]
         if instruction is not None:
             arguments.append(ctypes.c_int(instruction))
