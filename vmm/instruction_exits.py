@@ -7,6 +7,7 @@ from typing import Final
 
 from vmm.cpu.engine import Engine
 from vmm.cpu.events import Event
+from vmm.cpu.features import CpuidAnswer
 from vmm.decode import io_operands
 from vmm.devices import PortBus
 from vmm.exits import Cpuid, Exit, ExitReason, IoInstruction, Rdtsc, Rdtscp
@@ -33,6 +34,8 @@ class InstructionExits:
         self.instruction: CurrentInstruction
         #: Has an event delivered before the next instruction.
         self.inject: Callable[[Event], None]
+        #: What CPUID says on this platform, by leaf, subleaf and CR4; None for the engine's own answer.
+        self.features: Callable[[int, int, int], CpuidAnswer | None] | None = None
         #: Virtual time, in ticks of the time-stamp counter.
         self.clock: Callable[[], int] = lambda: reporter.total * TICKS_PER_EXIT
         self._reporter = reporter
@@ -67,14 +70,18 @@ class InstructionExits:
             self.bus.write(port, size, value)
         return True
 
-    def cpuid(self, engine: Engine, leaf: int, subleaf: int, *, exact: bool) -> bool:
-        """CPUID; the processor's own answer stands."""
+    def cpuid(self, engine: Engine, leaf: int, subleaf: int, *, exact: bool) -> CpuidAnswer | bool:
+        """CPUID; the processor's own answer stands, unless the platform has another."""
         if not exact and self._wants_boundary:
             return False
         self._reporter.count(ExitReason.CPUID)
         if self._reporter.observed:
             self._consult(Cpuid(rip=engine.pc, leaf=leaf, subleaf=subleaf))
-        return True
+        if self.features is None:
+            return True
+        _, _, cr4, _, _ = engine.live.control()
+        answer = self.features(leaf, subleaf, cr4)
+        return True if answer is None else answer
 
     def timestamp(self, engine: Engine, *, with_processor_id: bool, exact: bool) -> int | None:
         """RDTSC and RDTSCP read virtual time."""

@@ -11,6 +11,7 @@ from attrs import frozen
 from vmm.block_events import BlockEvents, reporting
 from vmm.coherence import Coherence, FetchSides, FetchView, Sanitizer
 from vmm.cpu.events import Event, EventType
+from vmm.cpu.features import pc_cpuid
 from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus
 from vmm.ept import ExtendedPageTables, Permission
 from vmm.ept.tables import GPA_LIMIT
@@ -383,7 +384,8 @@ class Machine:
         countdown = processor.vcpu.free.countdown
         assert countdown is not None
         pc = Pc(self.reporter, countdown, self.console.emit, lambda: self.state.finish("reset", {}))
-        processor.board, self._exits[0].clock = pc, pc.now
+        processor.board = pc
+        self._exits[0].clock, self._exits[0].features = pc.now, pc_cpuid
         return pc
 
     def _attach_devices(self) -> None:

@@ -61,7 +61,7 @@ class Pc:
         self._reporter = reporter
         self._countdown = countdown
         self._skipped = 0
-        self.timers: Final = Timers()
+        self.timers: Final = Timers(self.arm)
         self.controller: Final = InterruptController(countdown.interrupt)
         line = self.controller.line
         self.timer: Final = IntervalTimer(self.now, self.timers, line(_TIMER_IRQ))
@@ -107,7 +107,7 @@ class Pc:
         self.timers.advance(self.now())
 
     def arm(self) -> None:
-        """Let the engine run up to the next alarm, or to where an interrupt can be taken."""
+        """Let the engine run up to the next alarm, or to where an interrupt can be taken; also while it runs."""
         if self.controller.asserted:
             self._countdown.interrupt()
             return

@@ -15,7 +15,7 @@ class Timer:
     def __init__(self) -> None:
         self.clock = SteppedClock()
         self.rises: list[int] = []
-        self.level = False
+        self.level = True
         self.pit = IntervalTimer(self.clock, self.clock.timers, self._out0)
         self.port_61 = SystemControlPort(self.clock, self.pit)
 

@@ -60,6 +60,12 @@ class TestKeyboardController:
         controller.write(0x64, 1, 0x20)
         assert controller.read(0x60, 1) == 0x65
 
+    def test_has_no_port_for_a_mouse(self):
+        controller = KeyboardController(lambda: None)
+        controller.write(0x64, 1, 0xD3)
+        controller.write(0x60, 1, 0x5A)
+        assert controller.read(0x60, 1) == 0
+
 
 class TestPci:
     def test_the_address_reads_back_and_nobody_answers(self):

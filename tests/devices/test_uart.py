@@ -17,12 +17,14 @@ class Port:
     def __init__(self, *, ier: int = 0, fifo: int = 0) -> None:
         self.sent = bytearray()
         self.line = False
+        self.rises = 0
         self.uart = SerialPort(self.sent.extend, self._drive)
         self.out(MCR, OUT2)
         self.out(FCR, fifo)
         self.out(IER, ier)
 
     def _drive(self, high: bool) -> None:
+        self.rises += high and not self.line
         self.line = high
 
     def out(self, register: int, value: int) -> None:
@@ -109,6 +111,14 @@ def test_without_fifo_there_is_room_for_one_and_nothing_is_lost():
     port = Port()
     port.uart.receive(b"ab")
     assert (port.read(DATA), port.read(DATA), port.read(LSR) & 1) == (0x61, 0x62, 0)
+
+
+def test_each_character_is_an_edge_of_its_own_without_fifo():
+    port = Port(ier=1)
+    port.uart.receive(b"abc")
+    for _ in range(3):
+        port.read(DATA)
+    assert port.rises == 3
 
 
 def test_clearing_the_fifo_drops_what_is_in_it():

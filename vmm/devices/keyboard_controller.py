@@ -6,13 +6,15 @@ written to   effect
 0x64         a command: 0xAA self-test (0x55 to 0x60), 0xAB test of the
              keyboard's port, 0xA9 of the mouse's (both 1: clock line stuck
              low), 0x20 and 0x60 read and write the command byte,
+             0xD3 loops the next byte through the mouse's port (answered by 0),
              0xF0 to 0xFF pulse output lines: bit 0 clear resets the processor
-0x60         the command byte after command 0x60; what else is for a
+0x60         the argument of command 0x60 or 0xD3; what else is for a
              keyboard gets no answer
 ===========  ================================================================
 
 Status (IN from 0x64): bit 0 there is a byte at 0x60, bit 2 the self-test was passed, bit 3 the last byte written was a
-command.
+command, bit 4 the keyboard is not locked. Deviation: a controller without a port for a mouse does not answer 0xD3, for
+which drivers wait half a second.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ _SELF_TEST, _SELF_TEST_PASSED = 0xAA, 0x55
 _TEST_PORTS: Final = (0xA9, 0xAB)
 _CLOCK_STUCK_LOW: Final = 1
 _READ_COMMAND_BYTE, _WRITE_COMMAND_BYTE = 0x20, 0x60
+_LOOP_MOUSE: Final = 0xD3
 _PULSE: Final = 0xF0
 _NO_RESET: Final = 1
-_FULL, _SYSTEM, _COMMAND = 1 << 0, 1 << 2, 1 << 3
+_FULL, _SYSTEM, _COMMAND, _UNLOCKED = 1 << 0, 1 << 2, 1 << 3, 1 << 4
 
 
 class KeyboardController:
@@ -41,9 +44,9 @@ class KeyboardController:
     def __init__(self, reset: Callable[[], None]) -> None:
         self._reset = reset
         self._output: int | None = None
-        self._status = 0
+        self._status = _UNLOCKED
         self._command_byte = 0
-        self._expects_command_byte = False
+        self._argument_of = 0
 
     def read(self, port: int, _size: int) -> int:
         """The status, or the byte that is there."""
@@ -59,12 +62,14 @@ class KeyboardController:
             self._command(value & 0xFF)
             return
         self._status &= ~_COMMAND
-        if self._expects_command_byte:
+        if self._argument_of == _WRITE_COMMAND_BYTE:
             self._command_byte = value & 0xFF
-        self._expects_command_byte = False
+        elif self._argument_of == _LOOP_MOUSE:
+            self._output = 0
+        self._argument_of = 0
 
     def _command(self, value: int) -> None:
-        self._expects_command_byte = value == _WRITE_COMMAND_BYTE
+        self._argument_of = value if value in (_WRITE_COMMAND_BYTE, _LOOP_MOUSE) else 0
         if value == _SELF_TEST:
             self._status |= _SYSTEM
             self._output = _SELF_TEST_PASSED

@@ -188,6 +188,7 @@ class IntervalTimer:
         self._timers = timers
         self._out0 = out0
         self._alarm: Final = timers.make(self._rise)
+        out0(True)  # noqa: FBT003 - as before the first control word
 
     @property
     def _now(self) -> int:

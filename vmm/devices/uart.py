@@ -112,6 +112,7 @@ class SerialPort:
 
     def _read_character(self) -> int:
         character = self._received.popleft() if self._received else 0
+        self._drive()  # the line falls before the next character comes: an interrupt is an edge
         self._settle()
         return character
 
@@ -161,6 +162,9 @@ class SerialPort:
         """Let in what waits, and drive the request line."""
         while self._waiting and len(self._received) < self._room and not self._mcr & _MCR_LOOP:
             self._received.append(self._waiting.popleft())
+        self._drive()
+
+    def _drive(self) -> None:
         self._interrupt(bool(self._mcr & _MCR_OUT2) and self._pending != _IIR_NONE)
 
     # Modem lines

@@ -28,9 +28,13 @@ class Alarm:
 
 
 class Timers:
-    """The alarms of all devices, in the order in which they are due; those of one moment in the order of setting."""
+    """The alarms of all devices, in the order in which they are due; those of one moment in the order of setting.
 
-    def __init__(self) -> None:
+    ``changed`` is called whenever one is set.
+    """
+
+    def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
+        self._changed = changed
         self._due: list[tuple[int, int, Alarm]] = []
         self._tickets: Final = count()
 
@@ -45,6 +49,7 @@ class Timers:
         alarm.when = when
         if when is not None:
             heapq.heappush(self._due, (when, next(self._tickets), alarm))
+            self._changed()
 
     @property
     def next(self) -> int | None:

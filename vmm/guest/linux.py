@@ -108,8 +108,8 @@ def load_linux(
 ) -> Guest:
     """A PC that enters a Linux kernel; raises ``ImageError`` for its files, ``OptionError`` for the rest.
 
-    ``memory`` is the size of its RAM in bytes, a multiple of 2 MiB up to 1 GiB. The run ends when the guest halts or
-    resets.
+    ``memory`` is the size of its RAM in bytes, a multiple of 2 MiB up to 1 GiB. The run ends when the guest halts
+    with interrupts off, resets the machine, or writes to port 0xf4.
     """
     if memory % (2 * MIB) or not 0 < memory <= MEMORY_LIMIT:
         fix = f"give a multiple of 2 MiB up to {MEMORY_LIMIT // MIB}M"
@@ -130,7 +130,7 @@ def load_linux(
         paging=None,
         summary="Linux, entered by the 64-bit boot protocol",
         policy=policy or Policy(writes="adaptive"),
-        end=End(port=None, halt=True),
+        end=End(halt=True),
         limits=Limits(exits=1 << 62, seconds=seconds),
     )
     return Guest(manifest, found.image, found.entry, boot=_boot_state(found.entry, memory, writes), is_pc=True)
@@ -188,7 +188,7 @@ def _vmlinux(path: Path, data: bytes, memory: int) -> _Kernel:
     return _Kernel(image.entry, image, zero_page, max(segment.end for segment in image.segments))
 
 
-def _field(form: str, data: bytes, offset: int) -> int:
+def _field(form: str, data: bytes | bytearray, offset: int) -> int:
     (value,) = struct.unpack_from(form, data, offset)
     return int(value)
 
