@@ -1,4 +1,4 @@
-"""The command line: ``vmm guests``, ``vmm run``, ``vmm check``.
+"""The command line: ``vmm guests``, ``vmm run``, ``vmm check``, ``vmm audit``.
 
 Exit statuses: 0 the guest ended as its manifest says and the script holds; 1 it did not; 2 bad input; 3 the guest
 died (triple fault, a budget used up, memory that does not exist); 130 Ctrl-C. Bad input gets one line on standard
@@ -122,7 +122,9 @@ def guests(*, as_json: bool) -> None:
 )
 @click.option("--audit", is_flag=True, help="Check the bytes of each block whenever it is entered (slow).")
 @click.option("--check", is_flag=True, help="Check the rules of the trap after every transition.")
+@click.option("--no-traps", is_flag=True, help="Trap nothing and execute one instruction at a time: an oracle (slow).")
 @click.option("--blocks", is_flag=True, help="Record every translated block that is made or dropped.")
+@click.option("--wx", type=click.Choice(["off", "fault", "stop"]), help="W^X policy instead of the manifest's.")
 @click.option("--seconds", type=float, metavar="S", help="Time limit instead of the manifest's.")
 @click.option("--capacity", type=int, metavar="N", help="How many translated blocks are kept.")
 @click.option("--seed", type=click.IntRange(0, (1 << 64) - 1), metavar="N", help="Another interleaving of the vCPUs.")
@@ -159,6 +161,22 @@ def check(trace: str, *, expect: str, guest: str | None, color: str) -> int:
     from vmm.commands.check import check as check_file  # noqa: PLC0415 - a command imports what it needs
 
     return check_file(trace, expect, guest, color=color)
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--json", "as_json", is_flag=True, help="Write the findings as one JSON document.")
+@_color
+def audit(images: tuple[str, ...], *, as_json: bool, color: str) -> int:
+    """Say whether code in each IMAGE could change itself, without running it.
+
+    IMAGE is an ELF executable or shared object of any machine, or the name of a bundled guest.
+
+    Exit status: 0 no findings but notes; 1 findings; 2 bad input.
+    """
+    from vmm.commands.audit import audit as audit_images  # noqa: PLC0415 - a command imports what it needs
+
+    return audit_images(images, as_json=as_json, color=color)
 
 
 def _check_ranges(options: dict[str, Any]) -> None:

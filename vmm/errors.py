@@ -5,7 +5,7 @@
     VmmError
     ├── InputError            something the user gave is wrong        exit status 2
     │   ├── ManifestError     a guest.toml
-    │   ├── ImageError        a guest image (flat, ELF)
+    │   ├── ImageError        an image (flat, ELF)
     │   ├── ScriptError       an expectation script
     │   └── OptionError       a command-line option or API argument
     ├── EngineError           this Unicorn cannot carry the VMM       exit status 2
@@ -43,7 +43,7 @@ class ManifestError(InputError):
 
 
 class ImageError(InputError):
-    """A guest image that cannot be loaded."""
+    """An image that cannot be loaded, or not be audited."""
 
 
 class ScriptError(InputError):

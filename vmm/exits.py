@@ -285,6 +285,41 @@ class FrameEvent(Record):
 
 
 @frozen(slots=True)
+class RefusedAccess(Record):
+    """A store or fetch that the W^X policy or a seal does not let happen, although the guest's page tables do.
+
+    ``rule`` is "mapping" (the frame is writable and executable by the guest's own page tables), "approval" (a fetch
+    from a frame that was written, or never approved), "tracking" (more aliases in use than are tracked) or "seal".
+    ``access`` is "write" or "fetch". ``gva`` is None for an access to a paging structure, ``rip`` the instruction at
+    work. ``writable`` and ``executable`` are the linear addresses in use, in any address space, through which the
+    guest's page tables allow each now; both are empty for a seal.
+    """
+
+    kind: ClassVar[str] = "refusal"
+
+    rule: str
+    access: str
+    gpa: int
+    gva: int | None
+    rip: int
+    writable: tuple[int, ...] = ()
+    executable: tuple[int, ...] = ()
+
+    def _fields(self) -> Json:
+        """The refusal's."""
+        return {
+            "kind": "refusal",
+            "rule": self.rule,
+            "access": self.access,
+            "gpa": self.gpa,
+            "gva": self.gva,
+            "rip": self.rip,
+            "writable": list(self.writable),
+            "executable": list(self.executable),
+        }
+
+
+@frozen(slots=True)
 class Injection(Record):
     """An event was delivered through the guest's IDT at VM entry (SDM vol. 3, 27.6 "Event injection").
 

@@ -1,7 +1,8 @@
 """Guest-linear memory as the VMM itself reaches it on the guest's behalf, for event delivery.
 
 Guest paging applies with all its faults. The EPT applies, too, but the VMM does not exit to itself: code frames
-may be read, and what is written to one goes through the door.
+may be read, and what is written to one goes through the door, unless the W^X policy or a seal is against it: then
+the delivery faults as a store would.
 """
 
 from __future__ import annotations
@@ -9,24 +10,32 @@ from __future__ import annotations
 from attrs import define
 
 from vmm.cpu.context import Context
+from vmm.cpu.engine import Stop
+from vmm.cpu.events import Event, GuestFault, Vector
 from vmm.ept import ExtendedPageTables
 from vmm.memory import PAGE, GuestMemory
 from vmm.mmu import Mmu, UnmappedStructure
-from vmm.paging import Access, walk
-from vmm.trap.door import Door
+from vmm.paging import Access, PageFault, Translation, walk
+from vmm.trap.door import Door, SealedFrame
+from vmm.trap.refusal import Refusals, RunEnded
 
 _LEAF_ADDRESS = 0x000F_FFFF_FFFF_F000
 
 
 @define(slots=True)
 class GuestLinearMemory:
-    """Implements ``vmm.cpu.state.LinearMemory`` for one vCPU."""
+    """Implements ``vmm.cpu.state.LinearMemory`` for one vCPU.
+
+    All methods raise ``vmm.cpu.events.GuestFault`` besides where a page walk would write to a sealed frame, the
+    writing ones for a store to one. They raise ``RunEnded`` if the W^X policy has ended the run.
+    """
 
     memory: GuestMemory
     ept: ExtendedPageTables
     mmu: Mmu
     door: Door
     context: Context
+    refusals: Refusals
 
     def read(self, address: int, size: int, *, user: bool) -> bytes:
         """``size`` bytes; raises ``PageFault``."""
@@ -36,16 +45,26 @@ class GuestLinearMemory:
 
     def check_write(self, address: int, size: int, *, user: bool) -> None:
         """Raise what ``write`` would raise, writing nothing."""
-        self._places(address, size, Access.WRITE, user=user)
+        self._writable(address, size, user=user)
 
     def write(self, address: int, data: bytes, *, user: bool) -> None:
         """All of ``data`` or, raising ``PageFault``, none of it."""
         done = 0
         pieces = []
-        for hpa, gpa, length in self._places(address, len(data), Access.WRITE, user=user):
+        for hpa, gpa, length in self._writable(address, len(data), user=user):
             pieces.append((hpa, gpa, data[done : done + length]))
             done += length
         self.door.write(pieces, cause="event delivery", mmu=self.mmu)
+
+    def _writable(self, address: int, size: int, *, user: bool) -> list[tuple[int, int, int]]:
+        """(HPA, GPA, bytes) for each page of the range, all of which may be written."""
+        places = self._places(address, size, Access.WRITE, user=user)
+        for hpa, gpa, length in places:
+            refused = self.refusals.of_delivery(hpa, gpa, address, user=user)
+            if refused is not None:
+                raise _fault_of(refused)
+            address += length
+        return places
 
     def _places(self, address: int, size: int, access: Access, *, user: bool) -> list[tuple[int, int, int]]:
         """(HPA, GPA, bytes) for each page of the range."""
@@ -57,12 +76,26 @@ class GuestLinearMemory:
                 linear = address + done & wrap
                 offset = linear & PAGE - 1
                 length = min(size - done, PAGE - offset)
-                translation = walk(
-                    self.mmu, self.mmu.current_mode(), self.context.cr3, linear, access, user=user, implicit=not user
-                )
+                translation = self._walk(linear, access, user=user)
                 leaf = self.ept.translate(translation.gpa)
                 if not leaf:
                     raise UnmappedStructure(translation.gpa, linear)
                 places.append((leaf & _LEAF_ADDRESS | offset, translation.gpa | offset, length))
                 done += length
         return places
+
+    def _walk(self, linear: int, access: Access, *, user: bool) -> Translation:
+        mmu = self.mmu
+        try:
+            return walk(mmu, mmu.current_mode(), self.context.cr3, linear, access, user=user, implicit=not user)
+        except SealedFrame as sealed:
+            raise _fault_of(self.refusals.of_walk(sealed.gpa)) from None
+
+
+def _fault_of(refused: Event | Stop) -> Exception:
+    """What a delivery comes to that stores where it may not."""
+    if not isinstance(refused, Event):
+        return RunEnded()
+    if refused.cr2 is None:
+        return GuestFault(Vector(refused.vector), refused.error_code or 0)
+    return PageFault(refused.cr2, refused.error_code or 0)

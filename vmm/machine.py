@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Literal, Self
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from vmm.block_events import BlockEvents, reporting
 from vmm.coherence import Coherence, FetchSides, FetchView, Sanitizer
 from vmm.cpu.events import Event, EventType
 from vmm.cpu.features import pc_cpuid
-from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus
+from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Workpiece
+from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
 from vmm.ept import ExtendedPageTables, Permission
 from vmm.ept.tables import GPA_LIMIT
 from vmm.errors import OptionError
@@ -20,6 +21,7 @@ from vmm.exits import End, FrameEvent, Record
 from vmm.guest import boot
 from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest, load_guest
+from vmm.guest.manifest import WorkpieceSpec
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
@@ -33,9 +35,11 @@ from vmm.scheduler import Scheduler
 from vmm.translation import BlockCache
 from vmm.translation.cache import DEFAULT_CAPACITY
 from vmm.trap.door import Door
-from vmm.trap.frames import RW, FrameControl, verify_frame
+from vmm.trap.frames import RW, RWX, FrameControl, verify_frame
 from vmm.trap.guard import StepGuard
 from vmm.trap.policy import Trap, TrapPolicy
+from vmm.trap.refusal import Refusals
+from vmm.trap.wx import ANSWERS, is_approved
 from vmm.vcpu import VirtualCpu, verify_engine
 
 
@@ -45,19 +49,22 @@ class RunOptions:
 
     ``audit`` checks the bytes of every block at every entry (slow). ``check`` verifies the rules of the trap after
     every transition. ``single_step`` executes everything on the stepping engine, one instruction at a time, as an
-    oracle for the rest. ``block_events`` has every block event reported. ``capacity`` is that of the block cache, in
-    blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its schedule,
-    ``coherence`` its policy's model.
+    oracle for the rest; without ``traps`` it does so in memory that is readable, writable and executable, so that no
+    access is refused and nothing is recorded. ``block_events`` has every block event reported. ``capacity`` is that of
+    the block cache, in blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its
+    schedule, ``coherence`` and ``wx`` its policy's.
     """
 
     audit: bool = False
     check: bool = False
     single_step: bool = False
+    traps: bool = True
     block_events: bool = False
     capacity: int = DEFAULT_CAPACITY
     seconds: float | None = None
     seed: int | None = None
     coherence: Coherence | None = None
+    wx: Literal["off", "fault", "stop"] | None = None
 
 
 class Machine:
@@ -69,12 +76,16 @@ class Machine:
 
     def __init__(self, guest: Guest, options: RunOptions | None = None) -> None:
         verify_engine()
-        self.guest: Final = guest
         self.options: Final = options or RunOptions()
+        guest = _with_policy(guest, self.options)
+        self.guest: Final = guest
         state = guest.boot or boot.build(guest)
         self.reporter: Final = Reporter(guest.manifest.limits.exits)
         self.ports: Final = PortBus()
         model = self.options.coherence or Coherence(guest.manifest.policy.coherence)
+        if not (self.options.traps or model is Coherence.COHERENT):
+            what = f"no traps in the coherence model {model.value}"
+            raise OptionError(what, where="options", fix="give one of the two: the model rests on traps")
         twins = 0 if model is Coherence.COHERENT else len(state.cpus)
         self.memory: Final = GuestMemory(state.memory + len(state.system.data), twins=twins)
         self._ram_size = state.memory
@@ -86,6 +97,7 @@ class Machine:
         self._several = len(state.cpus) > 1
         self._exits: Final[list[InstructionExits]] = []
         self.control: Final = FrameControl(
+            self.memory,
             self.ept,
             self.frames,
             self.blocks,
@@ -238,7 +250,10 @@ class Machine:
         return b"".join(self.memory.read(hpa, length) for hpa, _, length in self._places(gpa, size))
 
     def write(self, gpa: int, data: bytes) -> None:
-        """Change memory from the host; raises ``OptionError`` where there is none, or it is sealed."""
+        """Change memory from the host; raises ``OptionError`` where there is none, or it is sealed.
+
+        Under a W^X policy the frames are no longer approved.
+        """
         places = self._places(gpa, len(data))
         self._refuse_sealed(places, "write")
         pieces = [(hpa, where, data[where - gpa : where - gpa + length]) for hpa, where, length in places]
@@ -251,13 +266,18 @@ class Machine:
     def alias(self, gpa: int, target: int, size: int) -> None:
         """Make ``size`` bytes of GPAs reach the frames of other GPAs (all multiples of 4096).
 
-        Raises ``OptionError`` for anything else, for GPAs from 2^48 on, and for targets without memory; then nothing
-        has changed.
+        Raises ``OptionError`` for anything else, for GPAs from 2^48 on, for GPAs that lead to sealed frames, and for
+        targets without memory; then nothing has changed.
         """
         if (gpa | target | size) % PAGE or not 0 <= gpa <= gpa + size <= GPA_LIMIT:
             what = f"{size:#x} bytes at GPA {gpa:#x} for {target:#x}"
             raise OptionError(what, where="alias", fix="give multiples of 4096 below 2^48")
-        for host, where, _ in self._places(target, size):
+        places = self._places(target, size)
+        for page in range(gpa, gpa + size, PAGE):
+            before = self.control.host_of(page)
+            if before is not None and self.frames.at(before).state is FrameState.SEALED:
+                raise OptionError(f"GPA {page:#x} is sealed", where="alias", fix="sealed code stays where it is")
+        for host, where, _ in places:
             self._map(gpa + where - target, self.frames.at(host))
         for vcpu in self.vcpus:
             vcpu.mmu.frames_changed()
@@ -266,20 +286,43 @@ class Machine:
     def protect(self, gpa: int, size: int, access: Permission) -> None:
         """Change what the EPT allows for whole pages until the next change of their frame's state.
 
-        Raises ``OptionError`` for writable and executable together, which no frame ever is, and for sealed frames
-        that are to be writable.
+        Raises ``OptionError`` for writable and executable together, which no frame ever is, for sealed frames
+        that are to be writable, and for frames that a W^X policy has not approved and that are to be executable.
         """
         if access & Permission.W and access & Permission.X:
             raise OptionError(f"access {access}", where="protect", fix="a frame is writable or executable, never both")
         places = self._places(gpa & -PAGE, size + gpa % PAGE)
         if access & Permission.W:
             self._refuse_sealed(places, "protect")
+        if access & Permission.X and self.keeps_wx:
+            self._refuse_unapproved(places)
         for hpa, where, _ in places:
             self.control.protect(self.frames.at(hpa), access, where & -PAGE)
         self._flush()
 
+    @property
+    def keeps_wx(self) -> bool:
+        """Whether the run has a W^X policy."""
+        return self.guest.manifest.policy.wx != "off"
+
+    def approve(self, gpa: int, size: int) -> None:
+        """Let the frames of ``size`` bytes be executed as they are now, under a W^X policy, until they are written.
+
+        Raises ``OptionError`` where there is no memory, and in a run without such a policy.
+        """
+        if not self.keeps_wx:
+            raise OptionError("the run has no W^X policy", where="approve", fix="give [policy].wx or RunOptions.wx")
+        for hpa, _, _ in self._places(gpa, size):
+            frame = self.frames.at(hpa)
+            if not is_approved(frame):
+                self.control.move(frame, FrameState.CODE, "approve")
+
     def seal(self, gpa: int, size: int) -> None:
-        """Make code final: every later store to these frames is refused, through whichever alias, for good."""
+        """Make code final: every later store to these frames is refused, through whichever alias, for good.
+
+        An instruction that is under way, as when a device seals in the middle of an INS, is completed first. Under
+        a W^X policy the frames are approved by this.
+        """
         for hpa, _, _ in self._places(gpa, size):
             frame = self.frames.at(hpa)
             if frame.state is not FrameState.SEALED:
@@ -296,14 +339,19 @@ class Machine:
         return sum(events.auditor.entries for events in self._events)
 
     def verify(self) -> None:
-        """Check the rules of the trap for every frame; raises ``InvariantError``."""
-        for frame in self.frames:
+        """Check the rules of the trap for every frame, if there is a trap; raises ``InvariantError``."""
+        for frame in self.frames if self.options.traps else ():
             verify_frame(self.ept, self.blocks, frame)
 
     def _refuse_sealed(self, places: list[tuple[int, int, int]], what: str) -> None:
         for hpa, where, _ in places:
             if self.frames.at(hpa).state is FrameState.SEALED:
                 raise OptionError(f"GPA {where:#x} is sealed", where=what, fix="sealed code never changes")
+
+    def _refuse_unapproved(self, places: list[tuple[int, int, int]]) -> None:
+        for hpa, where, _ in places:
+            if not is_approved(self.frames.at(hpa)):
+                raise OptionError(f"GPA {where:#x} is not approved", where="protect", fix="approve it first")
 
     def _places(self, gpa: int, size: int) -> list[tuple[int, int, int]]:
         """(HPA, GPA, bytes) page by page; raises ``OptionError`` where nothing is mapped."""
@@ -357,9 +405,14 @@ class Machine:
     def _make_processor(self, vcpu: VirtualCpu) -> Processor:
         policy = self.guest.manifest.policy
         guard = StepGuard(self.memory, self.frames, self.control, self.door, vcpu)
+        refusals = Refusals(
+            policy.wx, self.frames, vcpu.mmu, vcpu.context, vcpu.instruction, self.reporter, finish=self.state.finish
+        )
+        if refusals.keeps_wx:
+            vcpu.mmu.judges = True
+            self.door.written = self.control.open_window
         trap = Trap(
             TrapPolicy(policy.reads, policy.writes),
-            self.memory,
             self.frames,
             self.control,
             self.door,
@@ -367,9 +420,11 @@ class Machine:
             vcpu.instruction,
             guard,
             self.reporter,
+            refusals,
         )
-        linear = GuestLinearMemory(self.memory, self.ept, vcpu.mmu, self.door, vcpu.context)
-        processor = Processor(vcpu, trap, self.blocks, self.reporter, linear, self.state, self.options.single_step)
+        linear = GuestLinearMemory(self.memory, self.ept, vcpu.mmu, self.door, vcpu.context, refusals)
+        stepped = self.options.single_step or not self.options.traps
+        processor = Processor(vcpu, trap, self.blocks, self.reporter, linear, self.state, stepped)
         self._exits[vcpu.number].inject = processor.pending.append
         return processor
 
@@ -401,17 +456,24 @@ class Machine:
                 len(self.vcpus), lambda: self._current.number, lambda vector, vcpu: self.interrupt(vector, vcpu=vcpu)
             )
             self.ports.attach(ipi, manifest.ipi.port)
+        if manifest.workpiece is not None:
+            self._attach_workpiece(manifest.workpiece)
+
+    def _attach_workpiece(self, spec: WorkpieceSpec) -> None:
+        workpiece = Workpiece(spec.port, spec.flaws, spec.lead, lambda: self.interrupt(spec.vector))
+        self.ports.attach(workpiece, spec.port, WORKPIECE_PORTS)
 
     def _load(self, state: BootState) -> None:
         """Put the guest into memory and registers; image segments become code frames where the manifest says so."""
-        self.ept.map_range(0, 0, state.memory, RW)
+        self.ept.map_range(0, 0, state.memory, RW if self.options.traps else RWX)
         system = state.system
         self.ept.map_range(system.gpa, state.memory, len(system.data), RW)
         for gpa, data in state.writes:
             self.memory.write(gpa, data)
         self.memory.write(state.memory, system.data)
-        for gpa in state.code_frames:
-            self.control.move(self.frames.at(gpa), FrameState.CODE, "image")
+        state_of_code = FrameState.SEALED if self.guest.manifest.policy.code == "seal" else FrameState.CODE
+        for gpa in state.code_frames if self.options.traps else ():
+            self.control.move(self.frames.at(gpa), state_of_code, "image")
         for vcpu in self.vcpus:
             vcpu.reset_to(state)
         paging = self.guest.manifest.paging
@@ -430,6 +492,8 @@ class Machine:
         before = self.control.host_of(gpa)
         if before is not None:
             old = self.frames.at(before)
+            if old.state is FrameState.WINDOW and old.gpas == [gpa]:
+                self.control.move(old, FrameState.DATA, "remap")  # journaled while it has an address
             self.blocks.invalidate(old.hpa, PAGE, "remap")
             old.gpas.remove(gpa)
         frame.gpas.append(gpa)
@@ -462,6 +526,26 @@ class Machine:
     def _print(self, data: bytes) -> None:
         for printer in self._printers:
             printer(data)
+
+
+def _with_policy(guest: Guest, options: RunOptions) -> Guest:
+    """The guest with the W^X policy that it is run with; raises ``OptionError`` if it cannot be."""
+    wx = guest.manifest.policy.wx if options.wx is None else options.wx
+    if wx not in ANSWERS:
+        raise OptionError(f"wx = {wx!r}", where="policy", fix=f"choose one of {', '.join(ANSWERS)}")
+    if wx != "off" and not guest.manifest.has_page_tables:
+        fix = "give it [paging], or no W^X policy"
+        raise OptionError("without page tables everything is writable and executable", where="wx", fix=fix)
+    if wx != "off" and (options.coherence or Coherence(guest.manifest.policy.coherence)) is not Coherence.COHERENT:
+        fix = "use one of the two policies"
+        raise OptionError("frames that must be approved have no stale code", where="wx and coherence", fix=fix)
+    if not options.traps and (wx != "off" or guest.manifest.policy.code == "seal"):
+        what = "no traps with a policy that refuses accesses"
+        raise OptionError(what, where="options", fix="give one of the two: wx and sealed code rest on traps")
+    if wx == guest.manifest.policy.wx:
+        return guest
+    manifest = guest.manifest
+    return evolve(guest, manifest=evolve(manifest, policy=evolve(manifest.policy, wx=wx)))
 
 
 __all__ = ["FrameEvent", "Machine", "Record", "RunOptions"]

@@ -33,6 +33,7 @@ _WORDS: Final = {
     "halt": "HLT at {rip:#x}, with no interrupt to come",
     "reset": "a reset of the machine at {rip:#x}",
     "triple fault": "triple fault at {rip:#x}, while vector {vector} was delivered",
+    "W^X violation": "a {access} at {gva:#x} that the W^X policy refuses (rule {rule}), by the instruction at {rip:#x}",
     "unmapped memory": "the instruction at {rip:#x} reached for GPA {gpa:#x}, where there is no memory",
     "exits": "the budget of {limit:,} exits was used up at {rip:#x}",
     "time": "the time limit of {limit:g} s was reached at {rip:#x}",

@@ -18,12 +18,13 @@ from vmm.cpu.syscall import syscall
 from vmm.decode import Decoded
 from vmm.exits import ExitReason
 from vmm.memory import PAGE
-from vmm.mmu import GuestFault, Misconfiguration, NonCanonical, UnmappedStructure, Violation
+from vmm.mmu import GuestFault, Misconfiguration, NonCanonical, Unjudged, UnmappedStructure, Violation
 from vmm.paging.access import ErrorCode
 from vmm.reporter import Reporter
 from vmm.run_state import RunState
 from vmm.translation import BlockCache, Span
 from vmm.trap.policy import Trap, UnmappedAccess
+from vmm.trap.refusal import RunEnded
 from vmm.vcpu import VirtualCpu
 
 _UNDEFINED: Final = Event(Vector.UD, EventType.HARDWARE_EXCEPTION)
@@ -78,7 +79,9 @@ class Processor:
             if self.pending or self._interrupted:
                 self._deliver_what_is_due()
             if state.ending is None:
-                self._answer(self._enter())
+                stop = self._enter()
+                if not (stop is Stop.REFUSED and pace.is_over):  # the first fetch of the next turn, which will see
+                    self._answer(stop)
 
     # Entering
 
@@ -195,6 +198,10 @@ class Processor:
         """A TLB fill was refused: by the guest's page tables, or by the EPT."""
         refusal = self.vcpu.mmu.refusal
         match refusal:
+            case (Violation() | Unjudged()) if self._is_early_use(refusal.page, refusal.access):
+                self._answer(self._step())
+            case Unjudged():
+                self._answer(self.trap.answer_use(refusal))
             case Violation():
                 try:
                     self._answer(self.trap.answer(refusal))
@@ -226,6 +233,10 @@ class Processor:
     def _is_undefined(self) -> bool:
         """Whether the current instruction is none: the engine loads an operand before it finds out."""
         return not self.vcpu.instruction.decoded.length
+
+    def _is_early_use(self, page: int, access: int) -> bool:
+        """Whether it is too early for the W^X policy to judge a fetch."""
+        return self.trap.refusals.keeps_wx and self._is_early(page, access)
 
     def _is_early(self, page: int, access: int) -> bool:
         """Whether a fetch fault may come too early (quirk "early-fetch").
@@ -259,6 +270,8 @@ class Processor:
         self.vcpu.pace.spend()
         try:
             delivered = deliver(context, self.linear, event)
+        except RunEnded:
+            return
         except TripleFault:
             self.reporter.count(ExitReason.TRIPLE_FAULT)
             if self.reporter.observed:

@@ -68,6 +68,13 @@ class MachineActions:
         except OptionError as problem:
             raise ActionError(f"{problem.what}: {problem.fix}") from None
 
+    def approve(self, gpa: int, length: int) -> None:
+        """Let frames be executed as they are."""
+        try:
+            self._machine.approve(gpa, length)
+        except OptionError as problem:
+            raise ActionError(f"{problem.what}: {problem.fix}") from None
+
     def answer(self, value: int) -> None:
         """Let the IN at this exit read ``value``."""
         if not isinstance(self._record, IoInstruction) or self._record.direction != "in":
@@ -89,11 +96,11 @@ class ScriptRun:
     Make it after all other observers, so that these see a record before what the script does about it.
     """
 
-    def __init__(self, machine: Machine, script: Script) -> None:
+    def __init__(self, machine: Machine, script: Script, *, matcher: type[Matcher] = Matcher) -> None:
         self._machine = machine
         self._acts = has_actions(script)
         self._actions = MachineActions(machine)
-        self.matcher: Final = Matcher(script, self._actions)
+        self.matcher: Final = matcher(script, self._actions)
         self._waiting: deque[Record] = deque()
         self._busy = False
         machine.observe(self._observe, acts=self._acts)

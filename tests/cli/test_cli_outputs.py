@@ -48,7 +48,7 @@ def test_a_trace(vmm, tmp_path):
         "guest": "alias-patch",
         "image": hashlib.sha256(image.read_bytes()).hexdigest(),
         "memory": 0x100000,
-        "policy": {"reads": "step", "writes": "step", "code": "load", "coherence": "coherent"},
+        "policy": {"reads": "step", "writes": "step", "code": "load", "coherence": "coherent", "wx": "off"},
     }
     numbers = [record["seq"] for record in records if record["kind"] != "console"]
     assert numbers == list(range(1, len(numbers) + 1))

@@ -119,7 +119,8 @@ def loaded_by(statement):
 
 
 def test_the_engine_is_loaded_only_to_run_a_guest():
-    assert "unicorn" not in loaded_by("import vmm.cli, vmm.testing, vmm.commands.guests, vmm.commands.check")
+    commands = ", ".join(f"vmm.commands.{name}" for name in ("guests", "check", "audit"))
+    assert "unicorn" not in loaded_by(f"import vmm.cli, vmm.testing, {commands}")
 
 
 def test_scripts_are_loaded_only_for_a_run_with_one():

@@ -2,10 +2,13 @@
 
 import json
 import re
+import struct
 
 import pytest
+from guest.elf_builder import Elf, Load
 from pages import ROOT, blocks_of
 
+from vmm.commands.audit import audit_file, document
 from vmm.commands.run import RunRequest, run
 from vmm.exits import ExitReason
 from vmm.trace.fields import Schema
@@ -25,6 +28,22 @@ def written(tmp_path_factory):
     return [json.loads(line) for line in trace.read_text().splitlines()], json.loads(state.read_text())
 
 
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory):
+    """The document of an audit that finds a text relocation."""
+    path = tmp_path_factory.mktemp("audit") / "image"
+    path.write_bytes(with_text_relocation())
+    return document([audit_file(str(path))])
+
+
+def with_text_relocation():
+    """Code at 0x10000, and at 0x20000 a dynamic table and one R_X86_64_RELATIVE relocation, of 0x10004."""
+    table = [(7, 0x20030), (8, 24), (0, 0)]  # DT_RELA, DT_RELASZ, DT_NULL
+    data = b"".join(struct.pack("<QQ", *entry) for entry in table) + struct.pack("<QQQ", 0x10004, 8, 0)
+    loads = [Load(0x10000, bytes(64)), Load(0x20000, data, flags=6)]
+    return Elf([*loads, Load(0x20000, b"", type=2, flags=6), Load(0, b"", type=0x6474E551, flags=6)]).build()
+
+
 def shows(example, real):
     """Whether an example is the real thing, but for what ``…`` leaves out at the end of a text or of an object."""
     if isinstance(example, dict):
@@ -39,10 +58,11 @@ def shows(example, real):
 
 
 @pytest.mark.parametrize("block", blocks_of(PAGE), ids=lambda block: block.where)
-def test_an_example_is_real(block, written):
+def test_an_example_is_real(block, written, audited):
     trace, state = written
     example = json.loads(block.text)
-    candidates = [state] if example.get("schema") == "vmm-state/1" else trace
+    documents = [state, audited]
+    candidates = [one for one in documents if one["schema"] == example.get("schema")] or trace
     assert any(shows(example, real) for real in candidates)
 
 
@@ -74,3 +94,12 @@ def test_every_register_of_a_state_is_named(written):
     named = set(re.findall(r"`(\w+)`", row)) | {f"r{i}" for i in range(8, 16)} | {f"xmm{i}" for i in range(16)}
     named |= {"rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"}
     assert named == set(state["registers"])
+
+
+def test_every_key_of_an_audit_is_named(audited):
+    section = TEXT[TEXT.index("## An audit") :]
+    rows = re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE)
+    named = {name for row in rows for name in re.findall("`(\\w+)`", row)}
+    (image,) = audited["images"]
+    (finding,) = image["findings"]
+    assert named == (audited.keys() | image.keys() | finding.keys()) - {"schema", "findings"}

@@ -18,7 +18,7 @@ from vmm.guest.symbols import Rank, Symbol, Symbols, read_symbols_file
 from .elf_builder import EHDR, PHDR, Elf, Load
 
 MEMORY = 0x100000
-FUNC, LOCAL_FUNC, FILE, SECTION = 0x12, 0x02, 0x04, 0x03
+FUNC, LOCAL_FUNC, FILE, SECTION, OBJECT = 0x12, 0x02, 0x04, 0x03, 0x11
 ABS = 0xFFF1
 
 TWO_LOADS = [
@@ -237,6 +237,12 @@ def test_at_one_address_a_global_name_is_preferred_to_a_local_and_that_to_a_link
     assert symbols(("_end", FUNC, 1, 0x10000), ("a", LOCAL_FUNC, 1, 0x10000)).label(0x10000) == "a"
 
 
+def test_what_belongs_to_an_object_is_data():
+    table = symbols(("start", FUNC, 1, 0x10000), ("table", OBJECT, 1, 0x10010), ("more", FUNC, 1, 0x10020))
+    assert [address for address in range(0x10000, 0x10030) if table.is_data(address)] == list(range(0x10010, 0x10020))
+    assert not table.is_data(0x20000)
+
+
 def test_files_sections_undefined_and_nameless_symbols_name_nothing():
     nameless = [(".text", SECTION, 1, 0x10000), ("ext", FUNC, 0, 0), ("", FUNC, 1, 0x10000)]
     assert len(symbols(("f.c", FILE, ABS, 0), *nameless)) == 0
@@ -343,6 +349,13 @@ def test_a_bad_line_of_a_symbols_file_is_named(tmp_path, line, says):
     assert caught.value.where == f"{path}:2"
     assert says in caught.value.what
     assert str(caught.value).isprintable()
+
+
+def test_letters_of_a_symbols_file_tell_data_from_code(tmp_path):
+    path = tmp_path / "image.sym"
+    path.write_text("1000 T code\n1010 D table\n1020 t more\n1030 r text\n1040 b buffer\n1050 untold\n")
+    table = read_symbols_file(path, [(0x1000, 0x2000)])
+    assert [table.is_data(address) for address in range(0x1000, 0x1060, 16)] == [False, True, False, True, True, False]
 
 
 def test_ranks_are_in_order_of_preference():

@@ -68,7 +68,7 @@ def test_every_key_of_the_format_is_documented():
     text = DOCS.read_text(encoding="utf-8")
     keys = """
         schema name summary  format file load symbols  memory mode  entry cpl iopl registers idt rsp0
-        identity map gva gpa length access user  reads writes code  console.port
+        identity map gva gpa length access user  reads writes code wx  console.port
         end.port end.value end.halt  limits.exits limits.seconds
     """
     assert [key for key in keys.split() if f"| `{key}` |" not in text] == []
@@ -241,7 +241,10 @@ BAD = [
     # policy, console, end, limits
     (GOOD + "[policy]\nreads = 'allow'", "[policy].reads", '"step" or "grant"'),
     (GOOD + "[policy]\nwrites = 'grant'", "[policy].writes", '"step" or "window" or "adaptive"'),
-    (GOOD + "[policy]\ncode = 'store'", "[policy].code", '"load" or "fetch"'),
+    (GOOD + "[policy]\ncode = 'store'", "[policy].code", '"load" or "fetch" or "seal"'),
+    (GOOD + "[policy]\nwx = true", "[policy].wx", '"off" or "fault" or "stop"'),
+    (TOP + IMAGE + PROTECTED + CPU + "[policy]\nwx = 'fault'", "[policy].wx", "without page tables"),
+    (TOP + IMAGE + REAL + CPU + "[policy]\nwx = 'stop'", "[policy].wx", "without page tables"),
     (GOOD + "[console]\nport = 0x10000", "[console].port", "out of range"),
     (GOOD + "[console]\nport = 0xf4", "[console].port", "[end].port too"),
     (GOOD + "[end]\nport = 0x10000", "[end].port", "out of range"),

@@ -9,7 +9,14 @@ from vmm.guest_run import run
 
 WRONG = {guest.name: guest for guest in bundled_guests() if guest.wrong_of}
 #: What the report must say of each.
-CAUSES: dict[str, str] = {}
+CAUSES: dict[str, str] = {
+    "lazy-binding-open": "after a patch the page of the call site must be read-only again",
+    "lazy-binding-torn": "a call site must be patched in one store",
+    "shrink-wrap-clobber": "the cold path must save what the prologue no longer saves",
+    "shrink-wrap-unwind": "the unwind table must say what the prologue saves now",
+    "toolpath-unsynchronised": "the controller must synchronise after it",
+    "w-xor-x-rwx": "the page that the compiler writes its code to must not be executable while it is written",
+}
 
 each_wrong = pytest.mark.parametrize("name", WRONG)
 

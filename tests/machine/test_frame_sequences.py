@@ -156,8 +156,15 @@ class Director:
         self.content[frame][offset] = value
 
     def alias(self, spare: int, frame: int) -> None:
-        self.machine.alias(SPARE + spare * PAGE, FIRST + frame * PAGE, PAGE)
-        self.spares[SPARE + spare * PAGE] = frame
+        page = SPARE + spare * PAGE
+        sealed = self.spares.get(page) in self.seals
+        try:
+            self.machine.alias(page, FIRST + frame * PAGE, PAGE)
+        except OptionError:
+            assert sealed
+        else:
+            assert not sealed
+            self.spares[page] = frame
 
     def protect(self, gpa: int, access: Permission) -> None:
         frame, _ = self.locate(gpa)

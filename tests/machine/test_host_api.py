@@ -8,6 +8,7 @@ from vmm.cpu.events import Event, EventType, Vector
 from vmm.ept import Permission
 from vmm.errors import OptionError
 from vmm.exits import Cpuid, EptMisconfiguration, EptViolation, Exit, Hlt, IoInstruction, Modification, Rdtsc, Vmcall
+from vmm.guest.manifest import Policy
 
 FAR = 0x40_0000
 FAULT = Event(Vector.UD, EventType.HARDWARE_EXCEPTION)
@@ -174,3 +175,13 @@ def test_aliases_are_found_anew_when_gpas_lead_to_other_frames() -> None:
 
     made.run()
     assert [record.aliases for record in made.modifications] == [(target + 1,), (target + 1, view + 1)]
+
+
+def test_a_window_that_loses_its_last_gpa_is_journaled_first() -> None:
+    target, view = 0x20000, 0x8000000
+    source = {CODE: f"mov rbx, {view}; mov byte ptr [rbx], 2; cpuid\n{END}", target: b"\x90\xc3"}
+    made = tiny.build(source, maps=[tiny.map_page(view, target, "rw")], policy=Policy(writes="window", code="load"))
+    made.machine.on(Cpuid)(lambda _exit: made.machine.alias(target, DATA, PAGE))
+    assert made.run().reason == "port"
+    (record,) = made.modifications
+    assert (record.gpa, record.old, record.new, record.cause) == (target, b"\x90", b"\x02", "window")

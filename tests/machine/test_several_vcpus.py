@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import CODE, DATA, PAGE
 
 from vmm.errors import OptionError
-from vmm.exits import BlockEvent, EptViolation, ExternalInterrupt, Modification
+from vmm.exits import BlockEvent, EptViolation, ExceptionExit, ExternalInterrupt, Modification, RefusedAccess
 from vmm.guest.manifest import CpuSpec, Schedule
 from vmm.machine import RunOptions
 from vmm.scheduler import Scheduler
@@ -258,3 +258,75 @@ def test_turns_are_within_their_bounds(seed, quantum, count):
         assert who in ready
         assert 1 <= instructions <= quantum
         assert other.draw(ready) == (who, instructions)
+
+
+WRITING = f"""
+    mov ecx, 30
+again:
+    mov byte ptr [{tiny.DATA + 0x1000}], 0x90
+    pause
+    dec ecx
+    jnz again
+    mov al, 0
+    {tiny.END}
+"""
+RUNNING = "again: mov eax, 0x70000; call rax; jmp again"
+
+
+def refusals_of(seed: int, options: RunOptions) -> tuple[list, list]:
+    """One vCPU writes what the other one runs, under W^X; each goes on behind what was refused."""
+    options = evolve(options, wx="fault")
+    other = CpuSpec(OTHER, registers={"rsp": OTHER_STACK})
+    shared = (tiny.map_page(0x70000, 0x70000, "rx"), tiny.map_page(DATA + PAGE, 0x70000, "rw"))
+    made = tiny.build(
+        {CODE: WRITING, OTHER: RUNNING, 0x70000: b"\x90\xc3"},
+        maps=(tiny.map_page(CODE, CODE, "rx"), tiny.map_page(OTHER, OTHER, "rx"), MAPS[1], *shared),
+        others=[other],
+        schedule=Schedule(seed, 10),
+        options=options,
+    )
+
+    @made.machine.on(ExceptionExit)
+    def skip(fault: ExceptionExit) -> bool:
+        context = made.machine.vcpus[fault.vcpu].context
+        if fault.vcpu == 0:
+            context.rip += 8
+        else:
+            context.rip = int.from_bytes(made.machine.read(context.rsp, 8), "little")
+            context.rsp += 8
+        return True
+
+    assert made.run().reason == "port"
+    return made.of(RefusedAccess), made.architectural()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_w_xor_x_refuses_the_same_in_every_way_of_running(seed):
+    wanted = refusals_of(seed, WAYS["stepped"])
+    assert {record.rule for record in wanted[0]} <= {"mapping", "approval"}
+    assert len(wanted[0]) > 5
+    for name, options in WAYS.items():
+        assert refusals_of(seed, options) == wanted, name
+
+
+@pytest.mark.parametrize("quantum", range(1, 12))
+def test_a_fetch_that_is_refused_right_after_a_turn_belongs_to_the_next_one(quantum):
+    """Each call faults at its target: which vCPU has come how far when it does is the same, stepped or not."""
+
+    def faults(options):
+        first = f"mov ecx, 40; again: dec ecx; jnz again; {tiny.END}"
+        made = build(first, "again: mov eax, 0x90000; call rax; jmp again", seed=5, quantum=quantum, options=options)
+        seen = []
+
+        @made.machine.on(ExceptionExit)
+        def skip(fault: ExceptionExit) -> bool:
+            context = made.machine.vcpus[1].context
+            context.rip = int.from_bytes(made.machine.read(context.rsp, 8), "little")
+            context.rsp += 8
+            seen.append(made.machine.vcpus[0].context.registers()["rcx"])
+            return True
+
+        assert made.run().reason == "port"
+        return seen
+
+    assert faults(WAYS["free"]) == faults(WAYS["stepped"])

@@ -24,6 +24,9 @@ class RecordedActions:
     def protect(self, gpa, length, access):
         self.done.append(("protect", gpa, length, access))
 
+    def approve(self, gpa, length):
+        self.done.append(("approve", gpa, length))
+
     def answer(self, value):
         self.done.append(("answer", value))
 

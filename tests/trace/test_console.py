@@ -45,6 +45,12 @@ def test_a_patch_shows_the_code_before_and_after():
     assert re.fullmatch(r"drops block \d+: 6 bytes at target", lines[at + 3].strip())
 
 
+def test_data_among_the_code_is_not_shown_as_instructions():
+    lines = view_of("lazy-binding")
+    at = next(i for i, text in enumerate(lines) if "near_entry: 6110010000000000 -> 6310010000000080" in text)
+    assert columns(lines[at + 1])[1] == "EPT_VIOLATION"
+
+
 def test_a_violation_is_told_in_words():
     lines = view_of("alias-patch")
     assert ["17", "EPT_VIOLATION", "writer", "write where the EPT allows --x: target+0x1 through 0x40011001"] in [

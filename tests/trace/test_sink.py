@@ -19,12 +19,13 @@ from vmm.exits import (
     Modification,
     Mtf,
     Record,
+    RefusedAccess,
     StaleExecution,
 )
 from vmm.trace.sink import TraceSink, by_json, line
 
 EXITS = Exit.__subclasses__()
-RECORDS = [*EXITS, Modification, BlockEvent, FrameEvent, Injection, StaleExecution]
+RECORDS = [*EXITS, Modification, BlockEvent, FrameEvent, Injection, RefusedAccess, StaleExecution]
 
 numbers = st.integers(0, (1 << 64) - 1)
 VALUES = {

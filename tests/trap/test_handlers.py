@@ -12,7 +12,18 @@ from tiny import CODE, DATA, PAGE, map_page
 from vmm.cpu.events import Event, EventType, Vector
 from vmm.ept import Permission
 from vmm.errors import OptionError
-from vmm.exits import BlockEvent, Cpuid, EptViolation, ExceptionExit, IoInstruction, Modification, Mtf, Rdtsc, Vmcall
+from vmm.exits import (
+    BlockEvent,
+    Cpuid,
+    EptViolation,
+    ExceptionExit,
+    ExitReason,
+    IoInstruction,
+    Modification,
+    Mtf,
+    Rdtsc,
+    Vmcall,
+)
 from vmm.machine import RunOptions
 from vmm.memory.frames import FrameState
 
@@ -338,3 +349,17 @@ class TestNoMemory:
         with pytest.raises(OptionError, match="has no memory"):
             made.machine.write(gpa, bytes([1] * size))
         assert made.machine.read(tiny.MEMORY - PAGE, PAGE) == before
+
+
+@WAYS
+def test_a_hlt_whose_fetch_is_tried_again_has_not_been_executed(single_step):
+    made = tiny.build(
+        {CODE: f"mov eax, {FRAME}; jmp rax", FRAME: "hlt"},
+        maps=[map_page(FRAME, FRAME)],
+        code=(CODE,),
+        options=RunOptions(check=True, single_step=single_step),
+    )
+    answers = [True, None]
+    made.machine.on(EptViolation)(lambda _exit: answers.pop(0))
+    assert made.run().reason == "halt"
+    assert (len(made.violations), made.count(ExitReason.HLT), made.machine.register("rip")) == (2, 1, FRAME + 1)

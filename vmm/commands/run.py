@@ -6,7 +6,7 @@ import codecs
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from attrs import evolve, frozen
 
@@ -50,6 +50,7 @@ class RunRequest:
     hashes: tuple[str, ...] = ()
     audit: bool = False
     check: bool = False
+    no_traps: bool = False
     blocks: bool = False
     quiet: bool = False
     everything: bool = False
@@ -58,6 +59,7 @@ class RunRequest:
     seed: int | None = None
     coherence: str | None = None
     capacity: int = DEFAULT_CAPACITY
+    wx: Literal["off", "fault", "stop"] | None = None
     color: str = "auto"
 
     def options(self) -> RunOptions:
@@ -65,11 +67,13 @@ class RunRequest:
         return RunOptions(
             audit=self.audit,
             check=self.check,
+            traps=not self.no_traps,
             block_events=self.blocks,
             capacity=self.capacity,
             seconds=self.seconds,
             seed=self.seed,
             coherence=None if self.coherence is None else Coherence(self.coherence),
+            wx=self.wx,
         )
 
 

@@ -12,6 +12,7 @@ from vmm.devices.registers import ByteWide
 from vmm.devices.rtc import RealTimeClock
 from vmm.devices.system_control import SystemControlPort
 from vmm.devices.uart import SerialPort
+from vmm.devices.workpiece import Workpiece
 
 __all__ = [
     "ByteWide",
@@ -27,4 +28,5 @@ __all__ = [
     "RealTimeClock",
     "SerialPort",
     "SystemControlPort",
+    "Workpiece",
 ]

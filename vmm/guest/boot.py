@@ -117,7 +117,7 @@ def build(guest: Guest) -> BootState:
         cr4=_CR4_OSFXSR | _CR4_OSXMMEXCPT | (_CR4_PAE if mode == "long" or area.cr3 else 0),
         efer=_efer(mode, paging=bool(area.cr3)),
         gdtr=area.gdtr,
-        code_frames=guest.image.code_frames() if manifest.policy.code == "load" else (),
+        code_frames=guest.image.code_frames() if manifest.policy.loads_code else (),
         cpus=tuple(_cpu(guest, number, area.tss(number)) for number in range(len(manifest.cpus))),
     )
 

@@ -121,6 +121,16 @@ class Table:
             raise self.error(key, f"{shown(value)} is not a boolean", "write true or false")
         return value
 
+    def pairs(self, key: str, high: int, most: int) -> tuple[tuple[int, int], ...]:
+        """An array of pairs of integers from 0 to ``high``, at most ``most`` of them; required."""
+        fix = "give pairs of integers, such as [[20, 57], [45, 100]]"
+        value = self._required(key, f"pairs of integers from 0 to {high:#x}")
+        if not isinstance(value, list) or not all(_is_pair(item, high) for item in value):
+            raise self.error(key, f"{shown(value)} is not an array of pairs from 0 to {high:#x}", fix)
+        if len(value) > most:
+            raise self.error(key, f"{len(value)} entries are too many", f"give at most {most}")
+        return tuple((first, second) for first, second in value)
+
     def table(self, key: str, keys: Iterable[str], hints: Mapping[str, str] = _NO_HINTS) -> Table:
         """The table under ``key``; an empty one if it is absent."""
         value = self._values.get(key, {})
@@ -143,6 +153,10 @@ class Table:
         if key not in self._values:
             raise self.error(key, "missing", f"give {wanted}")
         return self._values[key]
+
+
+def _is_pair(value: object, high: int) -> bool:
+    return isinstance(value, list) and [type(x) for x in value] == [int, int] and all(0 <= x <= high for x in value)
 
 
 def _key(key: str) -> str:

@@ -110,6 +110,12 @@ def bundled_guests() -> list[BundledGuest]:
     return found
 
 
+def bundled_image(name: str) -> Path | None:
+    """The image file of a bundled guest, None if there is no such guest; raises ManifestError if it is damaged."""
+    folder = _bundled_folders().get(name)
+    return None if folder is None else read_manifest(folder / MANIFEST_NAME).image.file
+
+
 def _bundled_folders() -> dict[str, Path]:
     package = Path(vmm.__file__).parent
     for home in (package / "bundled_guests", package.parent / "guests"):

@@ -9,9 +9,10 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [[vcpu]]   the same, for each further vCPU
     [schedule] seed, quantum: how the vCPUs take turns
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
-    [policy]   reads, writes, code, coherence
+    [policy]   reads, writes, code, coherence, wx
     [console]  port: what the guest writes there is its printed output
     [ipi]      port: interprocessor interrupts, and the number of the vCPU that asks
+    [workpiece] port, vector, lead, flaws: something for a guest to steer over
     [end]      port, value, halt
     [limits]   exits, seconds
 
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from attrs import field, frozen
 
+from vmm.devices.workpiece import PORTS
 from vmm.errors import ManifestError
 from vmm.guest.fields import PAGE, U16_MAX, U32_MAX, U64_MAX, Table, is_canonical
 from vmm.guest.files import one_line, read_file
@@ -72,9 +74,11 @@ _MANIFEST_LIMIT: Final = 1 << 20
 _MAPS_LIMIT: Final = 1024
 _MAPPED_LIMIT: Final = 4 << 30
 _NAME_LENGTH: Final = 100
+_FLAWS_LIMIT: Final = 1024
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
-    *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "console", "ipi", "end", "limits"),
+    *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "end", "limits"),
+    *("console", "ipi", "workpiece"),
 )
 
 
@@ -157,8 +161,14 @@ class Policy:
 
     reads: Literal["step", "grant"] = "step"
     writes: Literal["step", "window", "adaptive"] = "step"
-    code: Literal["load", "fetch"] = "fetch"
+    code: Literal["load", "fetch", "seal"] = "fetch"
     coherence: Literal["coherent", "serialised", "explicit"] = "coherent"
+    wx: Literal["off", "fault", "stop"] = "off"
+
+    @property
+    def loads_code(self) -> bool:
+        """Whether frames of executable segments are code from the start."""
+        return self.code != "fetch" or self.wx != "off"
 
 
 @frozen(slots=True)
@@ -173,6 +183,16 @@ class Ipi:
     """The port by which vCPUs interrupt each other; None if there is none."""
 
     port: int | None = None
+
+
+@frozen(slots=True)
+class WorkpieceSpec:
+    """Flaws at (x, y) that a sensor finds ``lead`` positions ahead, raising the interrupt ``vector``."""
+
+    port: int
+    vector: int
+    lead: int
+    flaws: tuple[tuple[int, int], ...]
 
 
 @frozen(slots=True)
@@ -214,7 +234,13 @@ class Manifest:
     others: tuple[CpuSpec, ...] = ()
     schedule: Schedule = Schedule()
     ipi: Ipi = Ipi()
+    workpiece: WorkpieceSpec | None = None
     wrong_of: str = ""
+
+    @property
+    def has_page_tables(self) -> bool:
+        """Whether the guest starts with paging on."""
+        return _has_page_tables(self.machine, self.paging)
 
     @property
     def cpus(self) -> tuple[CpuSpec, ...]:
@@ -263,6 +289,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
     image = _image(top.table("image", ("format", "file", "load", "symbols")), machine, path.parent)
     cpu = _cpu(top.table("cpu", _CPU_KEYS, _CPU_HINTS), machine, image)
     end = _end(top.table("end", ("port", "value", "halt")))
+    paging = _paging(top, machine, cpu)
     console = _console(top.table("console", ("port",)), end)
     return Manifest(
         path=path,
@@ -271,14 +298,15 @@ def _manifest(top: Table, path: Path) -> Manifest:
         image=image,
         machine=machine,
         cpu=cpu,
-        paging=_paging(top, machine, cpu),
-        policy=_policy(top.table("policy", ("reads", "writes", "code", "coherence")), image),
+        paging=paging,
+        policy=_policy(top.table("policy", ("reads", "writes", "code", "coherence", "wx")), machine, image, paging),
         console=console,
         end=end,
         limits=_limits(top.table("limits", ("exits", "seconds"))),
         others=_others(top, machine, cpu),
         schedule=_schedule(top.table("schedule", ("seed", "quantum"))),
         ipi=_ipi(top.table("ipi", ("port",)), end, console),
+        workpiece=_workpiece(top, (end.port, console.port)) if "workpiece" in top else None,
         wrong_of=_wrong_of(top),
     )
 
@@ -307,6 +335,19 @@ def _image(table: Table, machine: MachineSpec, folder: Path) -> Image:
         if key in table:
             raise table.error(key, "only flat images have it, ELF images carry their own", "remove it")
     return Image(form, file)
+
+
+def _workpiece(top: Table, taken: tuple[int | None, ...]) -> WorkpieceSpec:
+    table = top.table("workpiece", ("port", "vector", "lead", "flaws"))
+    spec = WorkpieceSpec(
+        port=table.integer("port", 0, U16_MAX + 1 - PORTS),
+        vector=table.integer("vector", 32, 0xFF),
+        lead=table.integer("lead", 0, U16_MAX, default=1),
+        flaws=table.pairs("flaws", U16_MAX, _FLAWS_LIMIT),
+    )
+    if any(port is not None and spec.port <= port < spec.port + PORTS for port in taken):
+        raise table.error("port", f"{spec.port:#x} and the {PORTS - 1} after it overlap another device", "move it")
+    return spec
 
 
 _CPU_KEYS: Final = ("entry", "cpl", "iopl", "registers", "idt", "rsp0")
@@ -469,17 +510,29 @@ def _check_linear(table: Table, machine: MachineSpec, first: int, last: int) -> 
         raise table.error("gva", what, "map somewhere else")
 
 
+def _has_page_tables(machine: MachineSpec, paging: Paging | None) -> bool:
+    return machine.mode == "long" or paging is not None
+
+
 def _last_linear(machine: MachineSpec) -> int:
     return U64_MAX if machine.mode == "long" else U32_MAX
 
 
-def _policy(table: Table, image: Image) -> Policy:
-    return Policy(
+def _policy(table: Table, machine: MachineSpec, image: Image, paging: Paging | None) -> Policy:
+    policy = Policy(
         reads=table.choice("reads", ("step", "grant"), default="step"),
         writes=table.choice("writes", ("step", "window", "adaptive"), default="step"),
-        code=table.choice("code", ("load", "fetch"), default="load" if image.format == "elf64" else "fetch"),
+        code=table.choice("code", ("load", "fetch", "seal"), default="load" if image.format == "elf64" else "fetch"),
         coherence=table.choice("coherence", ("coherent", "serialised", "explicit"), default="coherent"),
+        wx=table.choice("wx", ("off", "fault", "stop"), default="off"),
     )
+    if policy.wx != "off" and not _has_page_tables(machine, paging):
+        what = "without page tables everything is writable and executable"
+        raise table.error("wx", what, "give the guest [paging], or remove wx")
+    if policy.wx != "off" and policy.coherence != "coherent":
+        what = "frames that must be approved have no stale code"
+        raise table.error("wx", what, 'remove wx, or set coherence = "coherent"')
+    return policy
 
 
 def _end(table: Table) -> End:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SYMBOLS_LIMIT: Final = 1 << 18
 NAME_LIMIT: Final = 255
 _FILE_LIMIT: Final = 32 << 20
+#: The letters by which nm says that a symbol lies in a section of data.
+_DATA: Final = frozenset("bBdDrR")
 _FIX: Final = "write lines as nm does: an address in hexadecimal, a type letter, a name"
 
 
@@ -36,11 +38,12 @@ class Rank(enum.IntEnum):
 
 @frozen(slots=True)
 class Symbol:
-    """A name of a linear address."""
+    """A name of a linear address; ``is_data`` if the image says that no code is there."""
 
     name: str
     address: int
     rank: Rank = Rank.GLOBAL
+    is_data: bool = False
 
 
 class Symbols:
@@ -53,13 +56,13 @@ class Symbols:
     def __init__(self, symbols: Iterable[Symbol] = (), extents: Sequence[tuple[int, int]] = ()) -> None:
         ranked = sorted(symbols, key=lambda symbol: symbol.rank)
         self._addresses: dict[str, int] = {}
-        at: dict[int, str] = {}
+        at: dict[int, Symbol] = {}
         for symbol in ranked:
             self._addresses.setdefault(symbol.name, symbol.address)
             if symbol.rank is not Rank.CONSTANT:
-                at.setdefault(symbol.address, symbol.name)
+                at.setdefault(symbol.address, symbol)
         self._places = sorted(at)
-        self._names = [at[place] for place in self._places]
+        self._at = at
         self._extents = sorted(extents)
         self._starts = [start for start, _ in self._extents]
 
@@ -75,13 +78,22 @@ class Symbols:
 
     def lookup(self, address: int) -> tuple[str, int] | None:
         """The symbol that ``address`` belongs to, and how many bytes past it the address is."""
+        symbol = self._owner(address)
+        return None if symbol is None else (symbol.name, address - symbol.address)
+
+    def is_data(self, address: int) -> bool:
+        """Whether the symbol that ``address`` belongs to names data."""
+        symbol = self._owner(address)
+        return symbol is not None and symbol.is_data
+
+    def _owner(self, address: int) -> Symbol | None:
         index = bisect_right(self._places, address) - 1
         if index < 0:
             return None
         place = self._places[index]
         if address != place and address >= self._end_of_extent(place):
             return None
-        return self._names[index], address - place
+        return self._at[place]
 
     def label(self, address: int) -> str | None:
         """``lookup`` as text: ``name`` or ``name+0x1c``."""
@@ -132,4 +144,4 @@ def _symbol(words: list[bytes], where: str) -> Symbol:
     if not 0 <= address <= U64_MAX:
         raise ImageError("the address has more than 64 bits", where=where, fix=_FIX)
     rank = Rank.CONSTANT if kind in "aA" else Rank.LOCAL if kind.islower() else Rank.GLOBAL
-    return Symbol(clean_name(words[-1]), address, rank)
+    return Symbol(clean_name(words[-1]), address, rank, is_data=kind in _DATA)

@@ -55,6 +55,15 @@ class Frame:
     overridden: bool = False
     #: Writes trapped since the frame became code, for the adaptive policy.
     traps: int = 0
+    #: Under a W^X policy: the aliases by which it was written or fetched so far, and the uses of a permission, as
+    #: (CR3, GVA page, access), that the policy has seen since the frame came into its state.
+    used: dict[tuple[int, int], None] = field(factory=dict)
+    judged: set[tuple[int, int, int]] = field(factory=set)
+
+    @property
+    def lasting(self) -> FrameState:
+        """The state that it is in but for the one instruction that is being stepped."""
+        return self.resting if self.state is FrameState.STEPPING else self.state
 
     def learn(self, root: int, page: int) -> None:
         """Remember that a linear page of the address space ``root`` reached this frame."""

@@ -6,7 +6,15 @@ the reasons for refusing.
 """
 
 from vmm.mmu.instruction import CurrentInstruction
-from vmm.mmu.refusals import GuestFault, Misconfiguration, NonCanonical, Refusal, UnmappedStructure, Violation
+from vmm.mmu.refusals import (
+    GuestFault,
+    Misconfiguration,
+    NonCanonical,
+    Refusal,
+    Unjudged,
+    UnmappedStructure,
+    Violation,
+)
 from vmm.mmu.step import StepMemory
 from vmm.mmu.translation import FetchSide, Mmu
 
@@ -19,6 +27,7 @@ __all__ = [
     "NonCanonical",
     "Refusal",
     "StepMemory",
+    "Unjudged",
     "UnmappedStructure",
     "Violation",
 ]

@@ -47,7 +47,21 @@ class Misconfiguration:
     gpa: int
 
 
-Refusal = GuestFault | NonCanonical | Violation | Misconfiguration
+@define(slots=True, eq=False)
+class Unjudged:
+    """Both stages allow the access, but the W^X policy has not seen this use of a permission yet.
+
+    ``page`` is linear, in the address space of ``root``; ``gpa`` is that of its page, ``host`` the host page.
+    """
+
+    page: int
+    access: int
+    gpa: int
+    root: int
+    host: int
+
+
+Refusal = GuestFault | NonCanonical | Violation | Misconfiguration | Unjudged
 
 
 class PagingStructureViolation(Exception):  # noqa: N818 - a guest-physical fault on its way out of a walk

@@ -99,14 +99,15 @@ class StepMemory:
             translation, leaf = found
             host = leaf & LEAF_ADDRESS
             if access == FETCH:
-                if not leaf & X and not self._is_opened_code(leaf, host):
-                    self._mmu.refusal = Violation(page, access, translation.gpa, leaf, final=True)
+                if self._refuses_fetch(page, translation.gpa, leaf):
                     return 0
                 if side is not None:
                     host = side.host(host)
                 self._mmu.fetched(page, host)
                 return engine.latch(host, self._patch.get(page) if self._patch else None) | X
-            if self._mmu.refuses(page, access, translation, leaf):
+            if self._mmu.refuses(page, access, translation, leaf) or self._is_unjudged(
+                page, access, translation.gpa, leaf
+            ):
                 return 0
             if access == READ:
                 return host | R
@@ -118,6 +119,15 @@ class StepMemory:
             return host | R | W
 
         return fill
+
+    def _refuses_fetch(self, page: int, gpa: int, leaf: int) -> bool:
+        if not leaf & X and not self._is_opened_code(leaf, leaf & LEAF_ADDRESS):
+            self._mmu.refusal = Violation(page, FETCH, gpa, leaf, final=True)
+            return True
+        return self._is_unjudged(page, FETCH, gpa, leaf)
+
+    def _is_unjudged(self, page: int, access: int, gpa: int, leaf: int) -> bool:
+        return self._mmu.judges and self._mmu.is_unjudged(self._control, page, access, gpa, leaf)
 
     def _is_opened_code(self, leaf: int, host: int) -> bool:
         """Whether a page that the EPT does not let be fetched is code that is open for this very instruction."""

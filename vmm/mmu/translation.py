@@ -24,12 +24,18 @@ from vmm.mmu.refusals import (
     NonCanonical,
     PagingStructureViolation,
     Refusal,
+    Unjudged,
     Violation,
 )
-from vmm.paging import Access, EntryChanged, PageFault, PagingMode, Translation, is_canonical, walk
+from vmm.paging import Access, EntryChanged, PageFault, PagingMode, Translation, entries, is_canonical, walk
+from vmm.paging.mode import CR0_PG
 
 PAGE_OFFSET: Final = PAGE - 1
 LEAF_ADDRESS: Final = 0x000F_FFFF_FFFF_F000
+#: What of CR3 says which address space it is; bits 11:5 count in PAE paging.
+_ROOT: Final = 0x000F_FFFF_FFFF_FFE0
+#: The address space without paging.
+UNPAGED: Final = -1
 #: How many linear pages are remembered that code was fetched from.
 MAX_FETCH_PAGES: Final = 1 << 16
 
@@ -62,12 +68,19 @@ class FetchSide(Protocol):
         """The frame may change from now on, first by the instruction at ``rip`` (None: the host)."""
 
 
+def space_of(cr0: int, cr3: int) -> int:
+    """Which address space these registers select, for ``Mmu.rights``."""
+    return cr3 & _ROOT if cr0 & CR0_PG else UNPAGED
+
+
 class Mmu:
     """Address translation for one vCPU, in whichever mode its control registers select."""
 
     def __init__(self, memory: GuestMemory, ept: ExtendedPageTables, frames: Frames, context: Context) -> None:
         #: Why the last fill was refused.
         self.refusal: Refusal | None = None
+        #: Whether a W^X policy has to see each use of a permission to write or fetch before it is granted.
+        self.judges = False
         #: While the VMM itself walks on the guest's behalf, paging structures in code frames may be read, and what
         #: the walk changes in them goes here.
         self._writer: StructureWriter | None = None
@@ -92,10 +105,16 @@ class Mmu:
         control = engine.live.control
 
         def fill(page: int, access: int) -> int:
-            found = self.translate(control(), page, access, engine)
+            state = control()
+            found = self.translate(state, page, access, engine)
             if found is None or self.refuses(page, access, *found):
                 return 0
             translation, leaf = found
+            if self.judges:
+                if self.is_unjudged(state, page, access, translation.gpa, leaf):
+                    return 0
+                if access == READ:
+                    return leaf & (LEAF_ADDRESS | R)  # the first store comes here, too
             if access == FETCH:
                 self.fetched(page, leaf & LEAF_ADDRESS)
                 return leaf & (LEAF_ADDRESS | X | R * translation.readable)
@@ -131,6 +150,14 @@ class Mmu:
             self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
             return True
         return False
+
+    def is_unjudged(self, control: Control, page: int, access: int, gpa: int, leaf: int) -> bool:
+        """Whether the W^X policy must see this use of a permission first; that is then the ``refusal``."""
+        root, host = space_of(control[0], control[1]), leaf & LEAF_ADDRESS
+        if access == READ or (root, page, access) in self._frames.at(host).judged:
+            return False
+        self.refusal = Unjudged(page, access, gpa, root, host)
+        return True
 
     def fetched(self, page: int, host: int) -> None:
         """Remember where fetches of a page go, within bounds."""
@@ -264,6 +291,31 @@ class Mmu:
             return None
         leaf = self._ept.translate(translation.gpa)
         return leaf & LEAF_ADDRESS | gva & PAGE_OFFSET if leaf else None
+
+    def rights(self, root: int, page: int) -> tuple[int, bool, bool] | None:
+        """(host page, writable, executable) of a linear page, by the page tables of ``root`` as they are now.
+
+        It is what the entries say to whoever may use the page at all: R/W set in each, XD in none. CR0.WP takes no
+        part. None where nothing is mapped; paging is off for ``UNPAGED``, and on for any other. Sets no flags.
+        """
+        gpa, writable, executable = page, True, True
+        mode = self.current_mode()
+        if (root == UNPAGED) != (mode.levels == 0):
+            return None
+        if mode.levels:
+            try:
+                with self.structure_access(_NO_WRITER):
+                    found = entries(self, mode, root, page)
+            except PagingStructureViolation:
+                return None
+            leaf = found[-1]
+            if leaf.page_size is None or leaf.reserved or not leaf.present:
+                return None
+            gpa = leaf.address | page & leaf.page_size - PAGE
+            writable = all(entry.writable is not False for entry in found)
+            executable = not any(entry.nx for entry in found)
+        mapped = self._ept.entry(gpa)
+        return (mapped.address, writable, executable) if mapped.mapped else None
 
     def code_bytes(self, gva: int) -> bytes:
         """Up to 15 bytes at the linear address of an instruction; short if it runs into an unmapped page."""

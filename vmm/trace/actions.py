@@ -26,6 +26,9 @@ class Actions(Protocol):
     def protect(self, gpa: int, length: int, access: str) -> None:
         """Give ``length`` bytes from ``gpa`` the EPT access ``access``, written like ``r-x``."""
 
+    def approve(self, gpa: int, length: int) -> None:
+        """Let the frames of ``length`` bytes from ``gpa`` be executed as they are, under a W^X policy."""
+
     def answer(self, value: int) -> None:
         """Let the IN at this I/O exit read ``value`` (up to 32 bits)."""
 
@@ -107,6 +110,18 @@ class Protect:
     def perform(self, on: Actions, record: Json, captures: Captures) -> None:
         """Change the access."""
         on.protect(self.gpa.number(record, captures), self.length.number(record, captures), self.access)
+
+
+@frozen
+class Approve:
+    """``approve gpa=… length=…``."""
+
+    gpa: Argument
+    length: Argument
+
+    def perform(self, on: Actions, record: Json, captures: Captures) -> None:
+        """Approve the frames."""
+        on.approve(self.gpa.number(record, captures), self.length.number(record, captures))
 
 
 @frozen

@@ -28,7 +28,14 @@ class FieldType(enum.Enum):
 
 
 #: The field that a bare word after the kind stands for: ``exit HLT``, ``end port``, ``block created``.
-LABELS = {"exit": "reason", "end": "reason", "block": "event", "modification": "cause", "injection": "type"}
+LABELS = {
+    "exit": "reason",
+    "end": "reason",
+    "block": "event",
+    "modification": "cause",
+    "injection": "type",
+    "refusal": "rule",
+}
 
 #: Kinds whose records carry fields beyond the ones listed.
 OPEN_KINDS = frozenset({"end"})

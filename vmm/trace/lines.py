@@ -12,6 +12,7 @@ from vmm.trace.actions import (
     MAX_VECTOR,
     Action,
     Answer,
+    Approve,
     Argument,
     Inject,
     Protect,
@@ -32,7 +33,7 @@ _DOUBLE: Final = re.compile("==")
 _NO_FIELD: Final = re.compile(r"->|\{|,")
 _CAPTURE: Final = re.compile(r"\$[A-Za-z_]\w*", re.ASCII)
 _OPERATORS: Final = "=, !=, <, <=, >, >=, has, lacks, in, starts or `as $name`"
-_EXPECTED_ACTION: Final = "inject, write, protect, answer or stop"
+_EXPECTED_ACTION: Final = "inject, write, protect, approve, answer or stop"
 
 #: Words that cannot be a bare label because something else begins with them.
 RESERVED: Final = frozenset({"and", "until", "because", "has", "lacks", "in", "starts", "as"})
@@ -59,6 +60,7 @@ class Lines:
             "inject": self._inject,
             "write": self._write,
             "protect": self._protect,
+            "approve": self._approve,
             "answer": lambda: Answer(self._argument("answer", MAX_32)),
             "stop": Stop,
         }
@@ -233,6 +235,10 @@ class Lines:
         if access is None:
             raise self.cursor.expected("an access", fix="write three characters, like r-x, rw- or --x")
         return Protect(given["gpa"], given["length"], access)
+
+    def _approve(self) -> Approve:
+        given = self._arguments({"gpa": MAX_64, "length": MAX_64}, required=("gpa", "length"))
+        return Approve(given["gpa"], given["length"])
 
     def _write(self) -> Write:
         given = self._arguments({"gpa": MAX_64}, required=("gpa",))

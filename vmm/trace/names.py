@@ -53,6 +53,10 @@ class Names:
         found = self._symbols.lookup(self.linked(gpa))
         return gpa - found[1] if found is not None and found[1] <= distance else None
 
+    def is_data(self, gpa: int) -> bool:
+        """Whether the image says that the byte at ``gpa`` is data, wherever it lies."""
+        return self._symbols.is_data(self.linked(gpa))
+
     def instruction(self, instruction: str) -> str:
         """The text of an instruction, with numbers as everywhere else, and the name of where it branches to."""
         text = _NUMBER.sub(lambda number: hex(int(number[0], 16)), instruction)

@@ -1,7 +1,8 @@
 """What a modification did to the code: the instructions before and after.
 
 To read instructions one must know where one begins. The block that died of the modification tells, or the last
-one that died around there, or a symbol of the image; where nothing tells, the bytes must do.
+one that died around there, or a symbol of the image; where nothing tells, or the symbol is one of data, the bytes
+must do.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class PatchReader:
         return [self._dead.pop(number) for number in record.blocks if number in self._dead]
 
     def read(self, record: Modification) -> Patch | None:
-        """The patch, while memory still holds it; None if nobody knows where an instruction begins."""
+        """The patch, while memory still holds it; None if nobody knows where an instruction begins, or it is data."""
         hpa = self._machine.ept.translate(record.gpa) & ADDRESS_MASK | record.gpa % PAGE
         block = self._last.get(hpa & -PAGE)
         if block is not None:
@@ -104,7 +105,7 @@ class PatchReader:
             if first is not None and first < block.size:
                 return self._patch(record, block.gva, spans, first)
         symbol = self._names.near(record.gpa, _NEAR)
-        if symbol is None or symbol < record.gpa & -PAGE:
+        if symbol is None or symbol < record.gpa & -PAGE or self._names.is_data(record.gpa):
             return None
         first = record.gpa - symbol
         room = min(first + len(record.new) + MAX_LENGTH, PAGE - symbol % PAGE)

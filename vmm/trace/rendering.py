@@ -21,9 +21,11 @@ from vmm.exits import (
     Modification,
     Mtf,
     Record,
+    RefusedAccess,
     StaleExecution,
 )
 from vmm.guest.files import one_line
+from vmm.memory import PAGE
 from vmm.trace.painter import Style
 
 if TYPE_CHECKING:
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
     from vmm.trace.patches import Patch
 
 _BYTES_SHOWN: Final = 16
+_ADDRESSES_SHOWN: Final = 4
 #: Fields that make two records of one type different for the eye.
-_SHAPE: Final = ("rip", "qualification", "vector", "cause", "event", "before", "after")
+_SHAPE: Final = ("rip", "qualification", "vector", "cause", "event", "before", "after", "rule", "access")
 _VECTORS: Final = frozenset(Vector)
 
 
@@ -165,6 +168,29 @@ def _frame(record: FrameEvent, names: Names) -> Line:
     return Line("frame", names.code(names.linked(record.gpa)), what, Style.QUIET)
 
 
+def _refusal(record: RefusedAccess, names: Names) -> Line:
+    deed = "store" if record.access == "write" else record.access
+    at = "" if record.gva is None else f" at {record.gva:#x}"
+    what = f"frame {record.gpa & -PAGE:#x} {_reason(record)}; the {deed}{at} is refused"
+    return Line("refusal", names.code(record.rip), what, Style.BAD)
+
+
+def _reason(record: RefusedAccess) -> str:
+    if record.rule == "seal":
+        return "is sealed"
+    if record.rule == "tracking":
+        return "is in use by more aliases than are tracked"
+    if record.rule == "approval":
+        return "is written and not approved"
+    return f"is executable at {_addresses(record.executable)} and writable at {_addresses(record.writable)}"
+
+
+def _addresses(addresses: tuple[int, ...]) -> str:
+    shown = [f"{address:#x}" for address in addresses[:_ADDRESSES_SHOWN]]
+    more = len(addresses) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
 def _block(record: BlockEvent, names: Names) -> Line:
     cause = "" if record.event == "created" else f" ({record.cause})"
     what = f"block {record.block} {record.event}{cause}: {record.size} bytes at GPA {record.gpa:#x}"
@@ -191,6 +217,7 @@ _RENDERERS: Final[dict[type[Record], Callable[[Any, Names], Line]]] = {
     Injection: _injection,
     Cpuid: _cpuid,
     FrameEvent: _frame,
+    RefusedAccess: _refusal,
     BlockEvent: _block,
     StaleExecution: _stale,
     End: _end,

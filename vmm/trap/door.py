@@ -6,6 +6,7 @@ through here, so that exactly the translations of the changed bytes die and ever
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from attrs import define
@@ -36,6 +37,14 @@ class Change:
     new: bytes
 
 
+class SealedFrame(Exception):  # noqa: N818 - says what is in the way
+    """A write would have changed a byte of a sealed frame; nothing was written. ``gpa`` is its first byte there."""
+
+    def __init__(self, gpa: int) -> None:
+        super().__init__(gpa)
+        self.gpa = gpa
+
+
 #: A change with the number of its instruction and the blocks that died of it.
 Entry = tuple[int, Change, list[Block]]
 
@@ -56,6 +65,8 @@ class Door:
         self.instruction = 0
         #: Modifications so far.
         self.modifications = 0
+        #: Told of each code frame that ``write`` has written to.
+        self.written: Callable[[Frame, str], None] | None = None
         self._memory = memory
         self._frames = frames
         self._blocks = blocks
@@ -106,7 +117,11 @@ class Door:
         """Change guest memory from outside of the guest's instructions, as one operation.
 
         Each piece is (HPA, GPA, bytes) within one frame. ``mmu`` is the address space that aliases are told of.
+        Raises ``SealedFrame``, with nothing written.
         """
+        for hpa, gpa, data in pieces:
+            if data and self._frames.at(hpa).state is FrameState.SEALED:
+                raise SealedFrame(gpa)
         changes = []
         for hpa, gpa, data in pieces:
             if self.sanitizer is not None:
@@ -115,7 +130,11 @@ class Door:
             self._memory.write(hpa, data)
             if self.is_guarded(hpa, 1):
                 changes.append(Change(hpa, gpa, None, old, data))
-        self.record(changes, rip=None, cause=cause, mmu=mmu)
+        entries = self.commit(changes, cause, None)
+        if self.written is not None:
+            for change in changes:
+                self.written(self._frames.at(change.hpa), cause)
+        self.publish(entries, rip=None, cause=cause, mmu=mmu)
 
     def journal_window(self, frame: Frame, mmu: Mmu | None) -> None:
         """Journal what has changed in a frame since it became a window."""

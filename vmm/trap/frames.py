@@ -9,12 +9,14 @@ from vmm.ept import ExtendedPageTables, Permission
 from vmm.ept.tables import GPA_LIMIT
 from vmm.errors import InvariantError
 from vmm.exits import FrameEvent
-from vmm.memory import PAGE
+from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.reporter import Reporter
 from vmm.translation import BlockCache
 
 RW: Final = Permission.R | Permission.W
+#: Of memory without traps, which nothing executes freely.
+RWX: Final = Permission.R | Permission.W | Permission.X
 RX: Final = Permission.R | Permission.X
 
 
@@ -29,6 +31,7 @@ class FrameControl:
 
     def __init__(
         self,
+        memory: GuestMemory,
         ept: ExtendedPageTables,
         frames: Frames,
         blocks: BlockCache,
@@ -39,6 +42,7 @@ class FrameControl:
         reporter: Reporter,
         check: bool,
     ) -> None:
+        self._memory = memory
         self._ept = ept
         self._frames = frames
         self._blocks = blocks
@@ -70,6 +74,7 @@ class FrameControl:
         What was written through a window is journaled when it closes, whatever closes it.
         """
         before, frame.state = frame.state, state
+        frame.judged.clear()
         if state in (FrameState.DATA, FrameState.WINDOW):
             self._blocks.invalidate(frame.hpa, PAGE, cause)
         self._protect(frame, self.permissions(frame))
@@ -78,6 +83,12 @@ class FrameControl:
         if before is FrameState.WINDOW:
             self._window_closed(frame)
         self._verify(frame)
+
+    def open_window(self, frame: Frame, cause: str) -> None:
+        """Let a code frame be written freely until it is fetched from; what changes will be journaled then."""
+        frame.before = self._memory.read(frame.hpa, PAGE)
+        frame.traps = 0
+        self.move(frame, FrameState.WINDOW, cause)
 
     def grant_reads(self, frame: Frame, cause: str) -> None:
         """Make a code frame R-X for good (policy)."""

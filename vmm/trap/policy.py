@@ -11,6 +11,9 @@ read of code            one instruction is stepped, or the frame becomes R-X (``
 store to sealed         #GP(0), the bytes stay
 page walk in code       the frame becomes R-X; accessed and dirty flags go through the door
 ======================  ==============================================================================
+
+With a W^X policy (``vmm.trap.wx``) a store to code opens a window, unless it is refused, and a fetch from data or a
+window is refused.
 """
 
 from __future__ import annotations
@@ -20,22 +23,23 @@ from typing import Final
 from attrs import define, frozen
 
 from vmm.cpu.engine import FETCH, READ, WRITE, Stop
-from vmm.cpu.events import Event, EventType, Vector
+from vmm.cpu.events import Event
 from vmm.ept.qualification import encode
 from vmm.errors import OptionError
 from vmm.exits import EptViolation, ExitReason, Mtf
-from vmm.memory import PAGE, GuestMemory
+from vmm.memory import PAGE
 from vmm.memory.frames import Frame, Frames, FrameState
-from vmm.mmu import CurrentInstruction, Mmu, Violation
+from vmm.mmu import CurrentInstruction, Mmu, Unjudged, Violation
+from vmm.mmu.refusals import Refusal
 from vmm.reporter import Reporter
-from vmm.trap.door import Door
+from vmm.trap.door import Door, SealedFrame
 from vmm.trap.frames import FrameControl
 from vmm.trap.guard import StepGuard
+from vmm.trap.refusal import Refusals
 
 #: Trapped writes to one frame after which the adaptive policy opens a window.
 HOT_FRAME: Final = 16
 
-_GENERAL_PROTECTION: Final = Event(Vector.GP, EventType.HARDWARE_EXCEPTION, 0)
 _READS: Final = ("step", "grant")
 _WRITES: Final = ("step", "window", "adaptive")
 
@@ -66,7 +70,6 @@ class Trap:
     """Answers EPT violations of one vCPU."""
 
     policy: TrapPolicy
-    memory: GuestMemory
     frames: Frames
     control: FrameControl
     door: Door
@@ -74,6 +77,7 @@ class Trap:
     instruction: CurrentInstruction
     guard: StepGuard
     reporter: Reporter
+    refusals: Refusals
 
     def answer(self, violation: Violation) -> Stop | Event | None:
         """Answer one violation of the free-running engine.
@@ -88,14 +92,17 @@ class Trap:
             return decision if isinstance(decision, Event) else None
         frame = self._frame_of(violation)
         if violation.access == FETCH:
-            self._fetched(frame)
-        elif not violation.final:
-            self._walked(frame, violation)
-        elif violation.access == READ:
+            return self._fetched(frame, violation)
+        if not violation.final:
+            return self._walked(frame, violation)
+        if violation.access == READ:
             self.control.grant_reads(frame, "code read")
-        else:
-            self._open_window(frame)
-        return None
+            return None
+        return self._open_window(frame, violation)
+
+    def answer_use(self, use: Unjudged) -> Event | Stop | None:
+        """Answer the first use of a permission under a W^X policy; as ``answer``."""
+        return self.refusals.of_use(use)
 
     def step(self, violation: Violation | None = None) -> Stop | Event | None:
         """Let one instruction execute, opening what it needs; ``violation`` is the one that is due already.
@@ -118,18 +125,21 @@ class Trap:
         return None if outcome is Stop.STEPPED else outcome
 
     def _let_through(self, violation: Violation | None) -> Stop | Event | None:
-        """Attempt the instruction until nothing refuses it any more; None if a handler has dealt with it."""
+        """Attempt the instruction until nothing refuses it any more."""
+        refusal: Refusal | None = violation
         while True:
-            if violation is not None:
-                if self._guest_forbids(violation):
+            if isinstance(refusal, Violation):
+                if self._guest_forbids(refusal):
                     return Stop.REFUSED
-                decision = self._admit(violation)
-                if decision is not None:
-                    return decision if isinstance(decision, Event) else None
+                decision = self._admit(refusal)
+            else:
+                decision = self.answer_use(refusal) if isinstance(refusal, Unjudged) else None
+            if decision is not None:
+                return decision
             stop = self.guard.attempt()
-            if stop is not Stop.REFUSED or not isinstance(self.mmu.refusal, Violation):
+            refusal = self.mmu.refusal
+            if stop is not Stop.REFUSED or not isinstance(refusal, Violation | Unjudged):
                 return stop
-            violation = self.mmu.refusal
 
     def _is_stepped(self, violation: Violation) -> bool:
         """Whether the answer is to let one instruction through."""
@@ -141,21 +151,23 @@ class Trap:
             return self.policy.reads == "step"
         return frame.state is not FrameState.CODE or not self._wants_window(frame)
 
-    def _admit(self, violation: Violation) -> Event | bool | None:
-        """Open what a violation in a step asks for; an event to deliver or True to give the step up."""
+    def _admit(self, violation: Violation) -> Event | Stop | None:
+        """Open what a violation in a step asks for; an event to deliver instead, or ``Stop.ASKED`` to give up."""
         modifies = self._modifies(violation)
         decision = self._report(violation, modifies=modifies)
         if decision is not None:
-            return decision
+            return decision if isinstance(decision, Event) else Stop.ASKED
         frame = self._frame_of(violation)
         writes = violation.access == WRITE or modifies
         if violation.access == FETCH:
-            self._fetched(frame)
-        elif not violation.final:
-            self._walked(frame, violation)
-        elif frame.state is FrameState.SEALED and writes:
-            return _GENERAL_PROTECTION
-        elif frame.state is FrameState.SEALED:
+            return self._fetched(frame, violation)
+        if not violation.final:
+            return self._walked(frame, violation)
+        if writes and frame.state is FrameState.SEALED:
+            return self.refusals.of_violation(frame, violation, WRITE)
+        if writes and self.refusals.keeps_wx and frame.lasting is FrameState.CODE:
+            return self._open_window(frame, violation)
+        if frame.state is FrameState.SEALED:
             self.control.grant_reads(frame, "read of sealed code")
         else:
             frame.traps += writes
@@ -173,21 +185,34 @@ class Trap:
 
     # Answers
 
-    def _fetched(self, frame: Frame) -> None:
+    def _fetched(self, frame: Frame, violation: Violation) -> Event | Stop | None:
+        refused = self.refusals.of_violation(frame, violation, FETCH)
+        if refused is not None:
+            return refused
         cause = "first fetch" if frame.state is FrameState.DATA else "fetch"
         sealed = frame.state is FrameState.SEALED
         self.control.move(frame, FrameState.SEALED if sealed else FrameState.CODE, cause)
+        return None
 
-    def _walked(self, frame: Frame, violation: Violation) -> None:
+    def _walked(self, frame: Frame, violation: Violation) -> Event | Stop | None:
         """The guest keeps paging structures in a code frame: the walk may read there, and write by the door."""
         if violation.access == READ:
             self.control.grant_reads(frame, "page walk")
-            return
-        with self.mmu.structure_access(self.door):
-            self.mmu.walk_again(violation.page)
+            return None
+        try:
+            with self.mmu.structure_access(self.door):
+                self.mmu.walk_again(violation.page)
+        except SealedFrame as sealed:
+            return self.refusals.of_walk(sealed.gpa)
+        return None
 
     def _wants_window(self, frame: Frame) -> bool:
-        """Whether to open a window; never for a frame that must be fetched from to get at the store (a livelock)."""
+        """Whether to open a window; never for a frame that must be fetched from to get at the store (a livelock).
+
+        A W^X policy refuses a store to such a frame, so that it need not ask.
+        """
+        if self.refusals.keeps_wx:
+            return True
         if self.policy.writes == "step" or self.instruction.lies_in(frame) or self._is_fetched_with_store(frame):
             return False
         return self.policy.writes == "window" or frame.traps >= HOT_FRAME
@@ -197,16 +222,19 @@ class Trap:
         host = self.mmu.fetch_host(self.guard.vcpu.context.pc)
         return host is not None and self.control.shares_block(frame, host)
 
-    def _open_window(self, frame: Frame) -> None:
-        frame.before = self.memory.read(frame.hpa, PAGE)
-        frame.traps = 0
-        self.control.move(frame, FrameState.WINDOW, "hot frame" if self.policy.writes == "adaptive" else "store")
+    def _open_window(self, frame: Frame, violation: Violation) -> Event | Stop | None:
+        refused = self.refusals.of_violation(frame, violation, WRITE)
+        if refused is not None:
+            return refused
+        self.control.open_window(frame, "hot frame" if self.policy.writes == "adaptive" else "store")
+        return None
 
     def close_windows(self) -> None:
         """Journal what was written through the windows that are still open, at the end of a run."""
+        state = FrameState.DATA if self.refusals.keeps_wx else FrameState.CODE
         for frame in self.frames:
             if frame.state is FrameState.WINDOW:
-                self.control.move(frame, FrameState.CODE, "end of run")
+                self.control.move(frame, state, "end of run")
 
     # Reports
 

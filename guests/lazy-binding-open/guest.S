@@ -1,0 +1,2 @@
+        .set    OPEN, 1
+        .include "lazy-binding/guest.S"

@@ -1,0 +1,2 @@
+        .set    TORN, 1
+        .include "lazy-binding/guest.S"

@@ -1,0 +1,2 @@
+        .set    NO_FALLBACK, 1
+        .include "shrink-wrap/guest.S"

@@ -1,0 +1,2 @@
+        .set    NO_TABLE, 1
+        .include "shrink-wrap/guest.S"
