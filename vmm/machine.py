@@ -181,6 +181,8 @@ class Machine:
         """End the run at this boundary, for handlers and observers: what an EPT violation refused stays undone."""
         self.reporter.stopped = True
         self.state.finish("stopped", {})
+        if self.pc is not None:
+            self.pc.come_out()
 
     def break_in(self) -> None:
         """End the run from another thread or a signal handler, at once; the machine cannot go on afterwards."""

@@ -15,8 +15,9 @@ to the first boundary at which it does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from vmm.cpu.countdown import Countdown
 from vmm.devices import (
@@ -37,7 +38,7 @@ from vmm.devices import (
     system_control,
     uart,
 )
-from vmm.devices.virtual_time import Timers
+from vmm.devices.virtual_time import NANOSECONDS, Timers
 from vmm.instruction_exits import TICKS_PER_EXIT
 from vmm.reporter import Reporter
 
@@ -49,10 +50,22 @@ SLICE: Final = 1 << 21
 _TIMER_IRQ, _COM1_IRQ, _CLOCK_IRQ = 0, 4, 8
 
 
+class Outside(Protocol):
+    """Somebody at the console who lives in the host's time."""
+
+    def poll(self) -> bytes:
+        """What has come from there since the last call."""
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something comes, at most so long; less is allowed."""
+
+
 class Pc:
     """Implements ``vmm.board.Board``.
 
-    ``send`` gets what the guest sends over COM1, ``reset`` is called when it resets the machine.
+    With somebody ``outside``, runs do not repeat: what is typed there comes when it comes, and a halted processor
+    waits for as long as its devices say. ``send`` gets what the guest sends over COM1, ``reset`` is called when it
+    resets the machine.
     """
 
     def __init__(
@@ -68,6 +81,7 @@ class Pc:
         self.clock: Final = RealTimeClock(self.now, self.timers, line(_CLOCK_IRQ))
         self.com1: Final = SerialPort(send, line(_COM1_IRQ))
         self._reset = reset
+        self.outside: Outside | None = None
 
     def attach(self, bus: PortBus) -> None:
         """Put all devices on their ports."""
@@ -103,7 +117,9 @@ class Pc:
         return self.controller.acknowledge()
 
     def settle(self) -> None:
-        """Let the alarms go off that are due."""
+        """Let the alarms go off that are due, and in what comes from outside."""
+        if self.outside is not None and (typed := self.outside.poll()):
+            self.com1.receive(typed)
         self.timers.advance(self.now())
 
     def arm(self) -> None:
@@ -120,10 +136,25 @@ class Pc:
         self._countdown.spend(1)
 
     def sleep(self) -> bool:
-        """Go on to the next alarm."""
+        """Go on to the next alarm, or to what comes from outside."""
         when = self.timers.next
-        if when is None:
+        if self.outside is not None:
+            self._wait(self.outside, None if when is None else when - self.now())
+        elif when is None:
             return False
-        self._skipped += max(0, when - self.now())
+        else:
+            self._skipped += max(0, when - self.now())
         self.settle()
         return True
+
+    def _wait(self, outside: Outside, nanoseconds: int | None) -> None:
+        """Let as much virtual time pass as the host waits."""
+        start = time.monotonic_ns()
+        longest = NANOSECONDS if nanoseconds is None else nanoseconds
+        if longest > 0:
+            outside.wait(longest / NANOSECONDS)
+        self._skipped += max(0, min(time.monotonic_ns() - start, longest))
+
+    def come_out(self) -> None:
+        """Have the engine stop before the next block; for callbacks of the engine."""
+        self._countdown.begin(0, waits=False)
