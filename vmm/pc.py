@@ -155,6 +155,10 @@ class Pc:
             outside.wait(longest / NANOSECONDS)
         self._skipped += max(0, min(time.monotonic_ns() - start, longest))
 
+    def knock(self) -> None:
+        """Something has come from outside: have the engine stop soon; from any thread. Runs do not repeat after that."""
+        self._countdown.hurry()
+
     def come_out(self) -> None:
         """Have the engine stop before the next block; for callbacks of the engine."""
         self._countdown.begin(0, waits=False)

@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TextIO
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmm.machine import Machine
 
 _ESCAPE: Final = 0x01
@@ -41,6 +43,7 @@ class Terminal:
         self._escaped = False
         self._leave = threading.Event()
         self._machine: Machine
+        self._knock: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
         import termios  # noqa: PLC0415 - there is none where nobody can be interactive
@@ -62,7 +65,7 @@ class Terminal:
         """Be the console of a PC."""
         assert machine.pc is not None
         machine.pc.outside = self
-        self._machine = machine
+        self._machine, self._knock = machine, machine.pc.knock
 
     # vmm.pc.Outside
 
@@ -88,7 +91,9 @@ class Terminal:
                 break
             if plain:
                 self._typed.put(plain)
+                self._knock()
         self._leave.set()
+        self._knock()
 
     def _without_escapes(self, data: bytes) -> bytes:
         plain = bytearray()

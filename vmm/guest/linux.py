@@ -129,7 +129,7 @@ def load_linux(
         cpu=CpuSpec(found.entry),
         paging=None,
         summary="Linux, entered by the 64-bit boot protocol",
-        policy=policy or Policy(writes="adaptive"),
+        policy=policy or Policy(reads="adaptive", writes="adaptive"),
         end=End(halt=True),
         limits=Limits(exits=1 << 62, seconds=seconds),
     )
