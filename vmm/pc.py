@@ -156,7 +156,7 @@ class Pc:
         self._skipped += max(0, min(time.monotonic_ns() - start, longest))
 
     def knock(self) -> None:
-        """Something has come from outside: have the engine stop soon; from any thread. Runs do not repeat after that."""
+        """Something has come from outside: have the engine stop soon. From any thread; no run repeats after that."""
         self._countdown.hurry()
 
     def come_out(self) -> None:

@@ -30,7 +30,8 @@ def summarize(machine: Machine, outcome: Outcome, painter: Painter, *, printed: 
     if printed:
         _printed(bytes(machine.console.output), painter)
     good = outcome.status is Status.OK
-    _row("end", f"{outcome.what}{_as_wanted(machine, outcome)}", painter, Style.GOOD if good else Style.BAD)
+    wanted = _as_wanted(machine, outcome) if printed else ""
+    _row("end", f"{outcome.what}{wanted}", painter, Style.GOOD if good else Style.BAD)
     _row("exits", _exits(machine), painter)
     _row("patches", _patches(machine), painter)
     _row("blocks", _blocks(machine), painter)
