@@ -53,6 +53,7 @@ def initrd(busybox: Path) -> bytes:
         archive.add(name, _FOLDER)
     archive.add("dev/console", _DEVICE, device=(5, 1))
     archive.add("dev/ttyS0", _DEVICE, device=(4, 64))
+    archive.add("dev/zero", _DEVICE, device=(1, 5))
     archive.add("bin/busybox", _REGULAR, busybox.read_bytes())
     for name in (*APPLETS, "setsid", "cttyhack"):
         archive.add(f"bin/{name}", _LINK, b"busybox")

@@ -17,6 +17,7 @@ from shadow import Shadow
 
 from vmm.commands.typist import Typist
 from vmm.exits import End, ExitReason, Record
+from vmm.guest.kallsyms import find_kallsyms
 from vmm.guest.linux import load_linux
 from vmm.machine import Machine
 from vmm.memory.frames import FrameState
@@ -32,6 +33,7 @@ COMMANDS = (
     b"cat /proc/cpuinfo | grep -c processor",
     b"seq 1 1000 | md5sum",
     b"dd if=/dev/zero bs=64k count=16 2>/dev/null | md5sum",
+    b"grep ' start_kernel$' /proc/kallsyms",
     b"sleep 1; echo slept",
     b"poweroff -f",
 )
@@ -109,6 +111,13 @@ def test_no_frame_is_ever_writable_and_executable(booted):
     booted.machine.verify()
     states = {frame.state for frame in booted.machine.frames}
     assert states <= {FrameState.DATA, FrameState.CODE}
+
+
+def test_the_symbols_found_in_memory_are_those_that_the_kernel_shows(booted):
+    symbols = find_kallsyms(booted.machine.memory.mapping)
+    assert len(symbols) > 50_000
+    (address,) = [symbol.address for symbol in symbols if symbol.name == "start_kernel"]
+    assert f"\n{address:016x} T start_kernel\r\n" in booted.console
 
 
 def test_time_came_from_the_timer(booted):

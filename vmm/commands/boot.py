@@ -39,6 +39,7 @@ class BootRequest:
     trace: str | None = None
     expect: str | None = None
     state: str | None = None
+    symbols: str | None = None
     hashes: tuple[str, ...] = ()
     audit: bool = False
     check: bool = False
@@ -63,6 +64,7 @@ def boot(request: BootRequest) -> int:
         trace=request.trace,
         expect=request.expect,
         state=request.state,
+        kernel_symbols=request.symbols,
         hashes=request.hashes,
         audit=request.audit,
         check=request.check,

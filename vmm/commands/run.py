@@ -19,6 +19,7 @@ from vmm.commands.screen import Screen, standard_error, standard_output
 from vmm.commands.summary import add_row, introduce, summarize
 from vmm.errors import GuestError
 from vmm.exits import End
+from vmm.guest.kallsyms import find_kallsyms, to_text
 from vmm.guest.loader import Guest, load_guest
 from vmm.machine import Machine, RunOptions
 from vmm.outcome import Outcome, Status, judge
@@ -54,6 +55,8 @@ class RunRequest:
     blocks: bool = False
     quiet: bool = False
     everything: bool = False
+    #: Where to write the symbols that a Linux kernel has in its memory at the end.
+    kernel_symbols: str | None = None
     #: Show what the guest prints as it comes, instead of records.
     live: bool = False
     verbose: bool = False
@@ -110,9 +113,11 @@ def run_guest(
     with Interruption() as interruption, Outputs([*_inputs(guest, request), *also_read]) as outputs:
         trace = outputs.add("--trace", request.trace)
         state = outputs.add("--state", request.state)
+        symbols = outputs.add("--symbols", request.kernel_symbols)
         machine = Machine(guest, request.options())
         log.tell("engines verified and made", unicorn=version("unicorn"), memory=memory)
         watched = _Run(request, machine, trace, state, script, log)
+        watched.symbols = symbols
         prepare(machine)
         return watched.go(ranges, interruption)
 
@@ -151,6 +156,7 @@ class _Run:
         self.view: ConsoleView | None = None
         self.sink: TraceSink | None = None
         self.script: ScriptRun | None = None
+        self.symbols: OutputFile | None = None
         if trace is not None:
             self.sink = TraceSink(trace, header(machine.guest))
             machine.observe(self.sink.record)
@@ -210,6 +216,8 @@ class _Run:
             self.sink.flush()
         if self.state is not None:
             self.state.write(encode(state_of(self.machine, end, ranges)))
+        if self.symbols is not None:
+            self.symbols.write(to_text(find_kallsyms(self.machine.memory.mapping)).encode())
 
     def _conclude(self, outcome: Outcome) -> int:
         verdict = None if self.script is None else self.script.finish()
