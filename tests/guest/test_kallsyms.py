@@ -92,7 +92,9 @@ def test_there_may_be_no_table():
 
 
 @settings(max_examples=50)
-@given(st.lists(st.tuples(st.integers(0, 12000), st.binary(min_size=1, max_size=16)), max_size=20), st.integers(0, 9000))
+@given(
+    st.lists(st.tuples(st.integers(0, 12000), st.binary(min_size=1, max_size=16)), max_size=20), st.integers(0, 9000)
+)
 def test_whatever_a_guest_writes_there_is_no_trouble(patches, cut):
     memory = bytearray(bytes(64) + table(some(300)) + bytes(64))
     for place, data in patches:

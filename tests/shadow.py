@@ -16,6 +16,9 @@ class Shadow:
         #: Modifications whose old bytes were not the shadow's.
         self.surprises: list[Modification] = []
         self._machine = machine
+        for frame in machine.frames:
+            if frame.state is FrameState.CODE:
+                self.pages[frame.gpas[0]] = bytearray(machine.read(frame.gpas[0], PAGE))
         machine.observe(self._hear)
 
     def _hear(self, record: Record) -> None:
