@@ -21,7 +21,7 @@ from unicorn import UC_ARCH_X86, UC_MODE_64, Uc
 from unicorn.x86_const import UC_X86_REG_RSP
 
 from vmm.machine import Machine, RunOptions
-from vmm.trace.sink import TraceSink, header
+from vmm.recording import record
 
 CODE, DATA, STACK, MEMORY = 0x10000, 0x80000, 0xF0000, 0x100000
 ROUNDS = 10
@@ -132,7 +132,7 @@ def trap_cycle(folder: Path, *, traced: bool, count: int = 20_000) -> float:
     image = code.ljust(0x10000, b"\x90") + b"\xb8\x00\x00\x00\x00\xc3"
     guest = machine(folder, image, extra=alias)
     if traced:
-        guest.observe(TraceSink(io.BytesIO(), header(guest.guest)).record)
+        record(guest, io.BytesIO())
     begin = time.process_time()
     guest.run()
     took = time.process_time() - begin

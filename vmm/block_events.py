@@ -41,7 +41,8 @@ class BlockEvents:
         vcpu.pace.completed = self._completed
 
     def _translated(self, gva: int, size: int) -> None:
-        """The engine has translated a block and is about to enter it."""
+        """The engine has translated a block and is about to enter it, unless it is stopped here."""
+        self._vcpu.pace.complete(gva)
         free, blocks = self._vcpu.free, self._blocks
         spans = self._spans(gva, size)
         mode_flags, mode = free.live.mode()

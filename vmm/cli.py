@@ -1,4 +1,4 @@
-"""The command line: ``vmm guests``, ``vmm run``, ``vmm boot``, ``vmm check``, ``vmm audit``.
+"""The command line: ``vmm guests``, ``run``, ``boot``, ``check``, ``replay``, ``agree``, ``audit`` and ``ept``.
 
 Exit statuses: 0 the guest ended as its manifest says and the script holds; 1 it did not; 2 bad input; 3 the guest
 died (triple fault, a budget used up, memory that does not exist); 130 Ctrl-C. Bad input gets one line on standard
@@ -127,6 +127,8 @@ def guests(*, as_json: bool) -> None:
 @click.option("--wx", type=click.Choice(["off", "fault", "stop"]), help="W^X policy instead of the manifest's.")
 @click.option("--seconds", type=float, metavar="S", help="Time limit instead of the manifest's.")
 @click.option("--capacity", type=int, metavar="N", help="How many translated blocks are kept.")
+@click.option("--input", metavar="FILE", help="What the guest reads at its input port; - is standard input.")
+@click.option("--time", metavar="SECONDS", help="What the guest's clock shows, in seconds since 1970.")
 @click.option("--seed", type=click.IntRange(0, (1 << 64) - 1), metavar="N", help="Another interleaving of the vCPUs.")
 @click.option(
     "--coherence",
@@ -200,6 +202,83 @@ def check(trace: str, *, expect: str, guest: str | None, color: str) -> int:
     from vmm.commands.check import check as check_file  # noqa: PLC0415 - a command imports what it needs
 
     return check_file(trace, expect, guest, color=color)
+
+
+@main.group()
+def ept() -> None:
+    """Explain EPT entries, exit qualifications and walks, field by field."""
+
+
+_profile = click.option(
+    "--profile",
+    metavar="NAME",
+    default="default",
+    show_default=True,
+    help="The processor: default, accessed-dirty, mode-based-execute, advanced, minimal, or IA32_VMX_EPT_VPID_CAP.",
+)
+_as_json = click.option("--json", "as_json", is_flag=True, help="A JSON object (docs/formats.md).")
+
+
+@ept.command()
+@click.option("--qualification", metavar="N", help="The exit qualification of an EPT violation.")
+@click.option("--entry", metavar="N", help="An EPT entry, 64 bits.")
+@click.option("--level", type=click.IntRange(1, 4), help="Which entry: 4 PML4E, 3 PDPTE, 2 PDE, 1 PTE.")
+@_profile
+@_as_json
+def explain(qualification: str | None, entry: str | None, level: int | None, profile: str, *, as_json: bool) -> None:
+    """Put an exit qualification or an EPT entry into words."""
+    from vmm.commands.ept import explain as explain_it  # noqa: PLC0415 - a command imports what it needs
+
+    explain_it(qualification, entry, level, profile, as_json=as_json)
+
+
+@ept.command()
+@click.argument("target")
+@click.argument("gpa")
+@click.option(
+    "--access", type=click.Choice(["read", "write", "fetch"]), default="read", show_default=True, help="For what."
+)
+@_profile
+@_as_json
+def walk(target: str, gpa: str, access: str, profile: str, *, as_json: bool) -> None:
+    """Show each EPT entry that translates GPA in TARGET as it starts, and the rule that decides."""
+    from vmm.commands.ept import walk as walk_it  # noqa: PLC0415 - a command imports what it needs
+
+    walk_it(target, gpa, access, profile, as_json=as_json)
+@main.command()
+@click.argument("trace")
+@click.option("--guest", metavar="TARGET", help="The guest, if it is not where it was when the trace was made.")
+@click.option("--trace", "new_trace", metavar="FILE", help="Write the trace of the replay; - is standard output.")
+@click.option("--state", metavar="FILE", help="Write the final state as JSON; - is standard output.")
+@click.option("--seconds", type=float, metavar="S", help="Time limit instead of the manifest's.")
+@_color
+def replay(trace: str, *, new_trace: str | None, **options: Any) -> int:  # noqa: ANN401 - click's values
+    """Run again what TRACE, which `vmm run --trace` wrote, is the trace of, and compare.
+
+    The guest is given the inputs that are recorded in the trace, and nothing else from outside.
+
+    Exit status: 0 the new trace is byte-identical; 1 it is not; 2 TRACE is no trace, not whole, of another
+    image, or of a run that was cut off; 130 Ctrl-C.
+    """
+    _check_ranges(options)
+    from vmm.commands.replay import ReplayRequest, replay  # noqa: PLC0415 - a command imports what it needs
+
+    return replay(ReplayRequest(trace, trace=new_trace, **options))
+
+
+@main.command()
+@click.argument("traces", metavar="TRACE TRACE...", nargs=-1)
+@_color
+def agree(traces: tuple[str, ...], *, color: str) -> int:
+    """Compare the traces of nodes that should have had the same run, and name those that went another way.
+
+    Exit status: 0 all agree; 1 they do not; 2 one of them is no trace, or not whole.
+    """
+    if len(traces) < 2:
+        raise click.UsageError("it takes two traces or more to agree")
+    from vmm.commands.agree import agree  # noqa: PLC0415 - a command imports what it needs
+
+    return agree(traces, color=color)
 
 
 @main.command()

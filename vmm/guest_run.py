@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from vmm.commands.run import hear_text
 from vmm.errors import OptionError
 from vmm.guest.loader import load_guest
 from vmm.machine import Machine, RunOptions
 from vmm.outcome import judge
+from vmm.printed import hear_text
 from vmm.script_actions import ScriptRun
 from vmm.state_file import MemoryRange, state_of
 from vmm.trace.names import symbols_of

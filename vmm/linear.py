@@ -12,10 +12,11 @@ from attrs import define
 from vmm.cpu.context import Context
 from vmm.cpu.engine import Stop
 from vmm.cpu.events import Event, GuestFault, Vector
-from vmm.ept import ExtendedPageTables
+from vmm.ept import CLEAN, MISCONFIGURED, ExtendedPageTables
 from vmm.memory import PAGE, GuestMemory
 from vmm.mmu import Mmu, UnmappedStructure
-from vmm.paging import Access, PageFault, Translation, walk
+from vmm.mmu.refusals import PagingStructureViolation
+from vmm.paging import Access, PageFault, walk
 from vmm.trap.door import Door, SealedFrame
 from vmm.trap.refusal import Refusals, RunEnded
 
@@ -71,25 +72,29 @@ class GuestLinearMemory:
         wrap = (1 << 64) - 1 if self.context.efer >> 10 & 1 else (1 << 32) - 1
         places = []
         done = 0
-        with self.mmu.structure_access(self.door):
+        with self.mmu.structures.reached_by(self.door):
             while done < size:
                 linear = address + done & wrap
                 offset = linear & PAGE - 1
                 length = min(size - done, PAGE - offset)
-                translation = self._walk(linear, access, user=user)
-                leaf = self.ept.translate(translation.gpa)
-                if not leaf:
-                    raise UnmappedStructure(translation.gpa, linear)
-                places.append((leaf & _LEAF_ADDRESS | offset, translation.gpa | offset, length))
+                gpa, leaf = self._translate(linear, access, user=user)
+                places.append((leaf & _LEAF_ADDRESS | offset, gpa | offset, length))
                 done += length
         return places
 
-    def _walk(self, linear: int, access: Access, *, user: bool) -> Translation:
-        mmu = self.mmu
+    def _translate(self, linear: int, access: Access, *, user: bool) -> tuple[int, int]:
+        """The GPA of a linear page, and its leaf; raises ``PageFault``, and ``UnmappedStructure`` for the EPT."""
+        mode, cr3 = self.mmu.current_mode(), self.context.cr3
         try:
-            return walk(mmu, mmu.current_mode(), self.context.cr3, linear, access, user=user, implicit=not user)
+            gpa = walk(self.mmu.structures, mode, cr3, linear, access, user=user, implicit=not user).gpa
+        except PagingStructureViolation as violation:
+            raise UnmappedStructure(violation.gpa, linear) from None
         except SealedFrame as sealed:
             raise _fault_of(self.refusals.of_walk(sealed.gpa)) from None
+        leaf = self.ept.translate(gpa)
+        if leaf in (0, MISCONFIGURED):
+            raise UnmappedStructure(gpa, linear)
+        return gpa, self.ept.dirty(gpa) if leaf & CLEAN and access == Access.WRITE else leaf
 
 
 def _fault_of(refused: Event | Stop) -> Exception:

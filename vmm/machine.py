@@ -13,15 +13,17 @@ from vmm.coherence import Coherence, FetchSides, FetchView, Sanitizer
 from vmm.cpu.events import Event, EventType
 from vmm.cpu.features import pc_cpuid
 from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Workpiece
+from vmm.devices.from_manifest import attach_inputs
 from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
-from vmm.ept import ExtendedPageTables, Permission
-from vmm.ept.tables import GPA_LIMIT
+from vmm.ept import PROFILES, EptProfile, ExtendedPageTables, Permission
+from vmm.ept.bits import GPA_LIMIT
 from vmm.errors import OptionError
 from vmm.exits import End, FrameEvent, Record
 from vmm.guest import boot
 from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest, load_guest
 from vmm.guest.manifest import WorkpieceSpec
+from vmm.inputs import Alias, Answer, Approve, Inject, Inputs, Interrupt, Protect, Seal, Stop, Write
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
@@ -52,7 +54,9 @@ class RunOptions:
     oracle for the rest; without ``traps`` it does so in memory that is readable, writable and executable, so that no
     access is refused and nothing is recorded. ``block_events`` has every block event reported. ``capacity`` is that of
     the block cache, in blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its
-    schedule, ``coherence`` and ``wx`` its policy's.
+    schedule, ``coherence`` and ``wx`` its policy's. ``input`` is what the guest reads at its input port instead of
+    the manifest's file, ``time`` what its clock shows, in nanoseconds since 1970. ``ept`` is what the processor's EPT
+    can do, and what of it is enabled.
     """
 
     audit: bool = False
@@ -64,7 +68,10 @@ class RunOptions:
     seconds: float | None = None
     seed: int | None = None
     coherence: Coherence | None = None
+    ept: EptProfile = PROFILES["default"]
     wx: Literal["off", "fault", "stop"] | None = None
+    input: bytes | None = None
+    time: int | None = None
 
 
 class Machine:
@@ -80,8 +87,9 @@ class Machine:
         guest = _with_policy(guest, self.options)
         self.guest: Final = guest
         state = guest.boot or boot.build(guest)
-        self.reporter: Final = Reporter(guest.manifest.limits.exits)
-        self.ports: Final = PortBus()
+        self.inputs: Final = Inputs()
+        self.reporter: Final = Reporter(guest.manifest.limits.exits, self.inputs)
+        self.ports: Final = PortBus(self.inputs)
         model = self.options.coherence or Coherence(guest.manifest.policy.coherence)
         if not (self.options.traps or model is Coherence.COHERENT):
             what = f"no traps in the coherence model {model.value}"
@@ -91,7 +99,7 @@ class Machine:
         self._ram_size = state.memory
         self._system_gpa = state.system.gpa
         self.frames: Final = Frames(self._first_gpa)
-        self.ept: Final = ExtendedPageTables()
+        self.ept: Final = ExtendedPageTables(self.options.ept, host_size=self.memory.size)
         self.blocks: Final = BlockCache(self._forget, capacity=self.options.capacity)
         self.door: Final = Door(self.memory, self.frames, self.blocks, self.reporter)
         self._several = len(state.cpus) > 1
@@ -112,6 +120,7 @@ class Machine:
         self.sanitizer: Final = None if model is Coherence.COHERENT else self._make_sanitizer(model, len(state.cpus))
         #: The vCPUs, by number.
         self.vcpus: Final = [self._make_vcpu(number) for number in range(len(state.cpus))]
+        self.inputs.contexts = [vcpu.context for vcpu in self.vcpus]
         self.loop: Final = self._make_loop()
         #: How the run ended, once it has.
         self.end: End | None = None
@@ -179,6 +188,7 @@ class Machine:
 
     def stop(self) -> None:
         """End the run at this boundary, for handlers and observers: what an EPT violation refused stays undone."""
+        self.inputs.note(Stop())
         self.reporter.stopped = True
         self.state.finish("stopped", {})
         if self.pc is not None:
@@ -220,20 +230,25 @@ class Machine:
 
     def inject(self, event: Event) -> None:
         """Deliver an event at the next VM entry of the vCPU at work, whatever its interrupt flag (event injection)."""
+        self.inputs.note(Inject(event))
         self.loop.current.pending.append(event)
 
     def interrupt(self, vector: int, *, vcpu: int = 0) -> None:
         """Raise an external interrupt: delivered when RFLAGS.IF and the interrupt shadow of the vCPU allow it.
 
-        ``vector`` is 0 to 255; raises ``OptionError`` for others, and for a vCPU that there is not.
+        ``vector`` is 0 to 255. One that is pending already stays pending once; of several the highest is delivered
+        first. Raises ``OptionError`` for other vectors, and for a vCPU that there is not.
         """
         if not 0 <= vcpu < len(self.vcpus):
             fix = f"there are {len(self.vcpus)}, counted from 0"
             raise OptionError(f"vCPU {vcpu}", where="interrupt", fix=fix)
-        self.loop.processors[vcpu].interrupts.append(Event(vector, EventType.EXTERNAL_INTERRUPT).vector)
+        event = Event(vector, EventType.EXTERNAL_INTERRUPT)
+        self.inputs.note(Interrupt(vector, vcpu))
+        self._raise_interrupt(event.vector, vcpu)
 
     def answer(self, value: int) -> None:
-        """Let the IN whose exit is being reported read ``value``."""
+        """Let the IN whose exit is being reported read ``value``, cut to its size."""
+        self.inputs.note(Answer(value))
         self._exits[self._current.number].override = value
 
     @property
@@ -259,11 +274,12 @@ class Machine:
         places = self._places(gpa, len(data))
         self._refuse_sealed(places, "write")
         pieces = [(hpa, where, data[where - gpa : where - gpa + length]) for hpa, where, length in places]
-        self.door.write(pieces, cause="host", mmu=self._current.mmu)
-        if any(hpa >= self._ram_size for hpa, _, _ in places):
-            for vcpu in self.vcpus:
-                vcpu.mmu.tables_changed()
-            self._flush()
+        with self.inputs.during(Write(gpa, data)):
+            self.door.write(pieces, cause="host", mmu=self._current.mmu)
+            if any(hpa >= self._ram_size for hpa, _, _ in places):
+                for vcpu in self.vcpus:
+                    vcpu.mmu.tables_changed()
+                self._flush()
 
     def alias(self, gpa: int, target: int, size: int) -> None:
         """Make ``size`` bytes of GPAs reach the frames of other GPAs (all multiples of 4096).
@@ -279,11 +295,12 @@ class Machine:
             before = self.control.host_of(page)
             if before is not None and self.frames.at(before).state is FrameState.SEALED:
                 raise OptionError(f"GPA {page:#x} is sealed", where="alias", fix="sealed code stays where it is")
-        for host, where, _ in places:
-            self._map(gpa + where - target, self.frames.at(host))
-        for vcpu in self.vcpus:
-            vcpu.mmu.frames_changed()
-        self._flush()
+        with self.inputs.during(Alias(gpa, target, size)):
+            for host, where, _ in places:
+                self._map(gpa + where - target, self.frames.at(host))
+            for vcpu in self.vcpus:
+                vcpu.mmu.frames_changed()
+            self._flush()
 
     def protect(self, gpa: int, size: int, access: Permission) -> None:
         """Change what the EPT allows for whole pages until the next change of their frame's state.
@@ -298,8 +315,17 @@ class Machine:
             self._refuse_sealed(places, "protect")
         if access & Permission.X and self.keeps_wx:
             self._refuse_unapproved(places)
-        for hpa, where, _ in places:
-            self.control.protect(self.frames.at(hpa), access, where & -PAGE)
+        with self.inputs.during(Protect(gpa, size, access)):
+            for hpa, where, _ in places:
+                self.control.protect(self.frames.at(hpa), access, where & -PAGE)
+            self._flush()
+
+    def invept(self) -> None:
+        """Forget every cached translation, as INVEPT does: what a change of entries in ``ept`` itself asks for.
+
+        ``ept.write_entry`` changes what the processor finds, whatever the state of the frames; to have a GPA lead
+        elsewhere for good, or to allow more or less, use ``alias`` and ``protect``, which know about code.
+        """
         self._flush()
 
     @property
@@ -314,10 +340,12 @@ class Machine:
         """
         if not self.keeps_wx:
             raise OptionError("the run has no W^X policy", where="approve", fix="give [policy].wx or RunOptions.wx")
-        for hpa, _, _ in self._places(gpa, size):
-            frame = self.frames.at(hpa)
-            if not is_approved(frame):
-                self.control.move(frame, FrameState.CODE, "approve")
+        places = self._places(gpa, size)
+        with self.inputs.during(Approve(gpa, size)):
+            for hpa, _, _ in places:
+                frame = self.frames.at(hpa)
+                if not is_approved(frame):
+                    self.control.move(frame, FrameState.CODE, "approve")
 
     def seal(self, gpa: int, size: int) -> None:
         """Make code final: every later store to these frames is refused, through whichever alias, for good.
@@ -325,15 +353,22 @@ class Machine:
         An instruction that is under way, as when a device seals in the middle of an INS, is completed first. Under
         a W^X policy the frames are approved by this.
         """
-        for hpa, _, _ in self._places(gpa, size):
-            frame = self.frames.at(hpa)
-            if frame.state is not FrameState.SEALED:
-                self.control.move(frame, FrameState.SEALED, "seal")
+        places = self._places(gpa, size)
+        with self.inputs.during(Seal(gpa, size)):
+            for hpa, _, _ in places:
+                frame = self.frames.at(hpa)
+                if frame.state is not FrameState.SEALED:
+                    self.control.move(frame, FrameState.SEALED, "seal")
 
     @property
     def stale(self) -> int:
         """Executions of stale code that were reported, under a weaker coherence model."""
         return 0 if self.sanitizer is None else self.sanitizer.found
+
+    @property
+    def seed(self) -> int:
+        """The seed of the interleaving, from the options or the manifest: 64 bits."""
+        return self.guest.manifest.schedule.seed if self.options.seed is None else self.options.seed
 
     @property
     def audited(self) -> int:
@@ -363,12 +398,12 @@ class Machine:
         done = 0
         while done < size:
             where = gpa + done
-            entry = self.ept.entry(where) if 0 <= where < GPA_LIMIT else None
-            if entry is None or not entry.mapped:
+            page = self.ept.host_page(where)
+            if page is None:
                 what = f"GPA {where:#x} has no memory"
                 raise OptionError(what, where="guest memory", fix="stay inside the guest's RAM")
             length = min(size - done, PAGE - where % PAGE)
-            places.append((entry.address | where % PAGE, where, length))
+            places.append((page | where % PAGE, where, length))
             done += length
         return places
 
@@ -400,8 +435,7 @@ class Machine:
         return vcpu
 
     def _make_loop(self) -> RunLoop:
-        seed = self.guest.manifest.schedule.seed if self.options.seed is None else self.options.seed
-        scheduler = Scheduler(seed, self.guest.manifest.schedule.quantum)
+        scheduler = Scheduler(self.seed, self.guest.manifest.schedule.quantum)
         return RunLoop([self._make_processor(vcpu) for vcpu in self.vcpus], scheduler, self.state, self.reporter)
 
     def _make_processor(self, vcpu: VirtualCpu) -> Processor:
@@ -445,25 +479,27 @@ class Machine:
         self._exits[0].clock, self._exits[0].features = pc.now, pc_cpuid
         return pc
 
+    def _raise_interrupt(self, vector: int, vcpu: int) -> None:
+        self.loop.processors[vcpu].interrupts.add(vector)
+
     def _attach_devices(self) -> None:
         manifest = self.guest.manifest
         if self.pc is not None:
             self.pc.attach(self.ports)
-        self.ports.attach(self.console, manifest.console.port)
+        self.ports.attach(self.console, manifest.console.port, inside=True)
         if manifest.end.port is not None:
             ended = DebugExit(lambda port, value: self.state.finish("port", {"port": port, "value": value}))
-            self.ports.attach(ended, manifest.end.port)
+            self.ports.attach(ended, manifest.end.port, inside=True)
         if manifest.ipi.port is not None:
-            ipi = InterprocessorPort(
-                len(self.vcpus), lambda: self._current.number, lambda vector, vcpu: self.interrupt(vector, vcpu=vcpu)
-            )
-            self.ports.attach(ipi, manifest.ipi.port)
+            ipi = InterprocessorPort(len(self.vcpus), lambda: self._current.number, self._raise_interrupt)
+            self.ports.attach(ipi, manifest.ipi.port, inside=True)
         if manifest.workpiece is not None:
             self._attach_workpiece(manifest.workpiece)
+        attach_inputs(self.ports, manifest, data=self.options.input, time=self.options.time)
 
     def _attach_workpiece(self, spec: WorkpieceSpec) -> None:
-        workpiece = Workpiece(spec.port, spec.flaws, spec.lead, lambda: self.interrupt(spec.vector))
-        self.ports.attach(workpiece, spec.port, WORKPIECE_PORTS)
+        workpiece = Workpiece(spec.port, spec.flaws, spec.lead, lambda: self._raise_interrupt(spec.vector, 0))
+        self.ports.attach(workpiece, spec.port, WORKPIECE_PORTS, inside=True)
 
     def _load(self, state: BootState) -> None:
         """Put the guest into memory and registers; image segments become code frames where the manifest says so."""
@@ -479,7 +515,8 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.reset_to(state)
         paging = self.guest.manifest.paging
-        if paging is not None and system.data:
+        # With EPT accessed and dirty flags each walk writes to the guest's tables, as far as the EPT is concerned.
+        if paging is not None and system.data and not self.ept.profile.accessed_dirty:
             for offset in range(PAGE, len(system.data), PAGE):
                 self.ept.protect(system.gpa + offset, Permission.R)
             mappings = [(m.gva, m.gpa, m.length) for m in paging.effective(state.memory)]

@@ -54,9 +54,19 @@ class Pace:
         """Count what the VMM does in the guest's place."""
         self.retired += 1
 
+    def complete(self, successor: int) -> None:
+        """The block that was entered last is complete; the engine goes on at a linear address, perhaps inside of it."""
+        block, self._block = self._block, None
+        if block is None:
+            return
+        instructions = _instructions(block)
+        length, repeats = instructions[-1]
+        goes_on = repeats and successor == block.gva + block.size - length
+        self._retire(block, len(instructions) - goes_on)
+
     def enter(self, block: Block) -> None:
         """The engine is about to execute a block; the one before it is complete."""
-        self._complete(block.gva)
+        self.complete(block.gva)
         if self._end is not None and self.retired + len(_instructions(block)) > self._end:
             self.in_tail = True
             self._stop()
@@ -80,15 +90,6 @@ class Pace:
         """One instruction was stepped: whether RIP ``moved``, it is a string one, nothing kept it from completing."""
         if moved or (complete and not repeats):
             self.retired += 1
-
-    def _complete(self, successor: int) -> None:
-        block, self._block = self._block, None
-        if block is None:
-            return
-        instructions = _instructions(block)
-        length, repeats = instructions[-1]
-        goes_on = repeats and successor == block.gva + block.size - length
-        self._retire(block, len(instructions) - goes_on)
 
     def _retire(self, block: Block, count: int) -> None:
         self.retired += count

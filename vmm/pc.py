@@ -94,11 +94,12 @@ class Pc:
             (self.clock, rtc.FIRST_PORT, 2),
             (self.com1, uart.COM1, uart.REGISTERS),
         ):
-            bus.attach(ByteWide(registers, first, count), first, count)
+            bus.attach(ByteWide(registers, first, count), first, count, inside=True)
         keyboard = KeyboardController(self._reset)
-        bus.attach(keyboard, keyboard_controller.FIRST_PORT)
-        bus.attach(keyboard, keyboard_controller.FIRST_PORT + keyboard_controller.COMMAND_OFFSET)
-        bus.attach(PciConfiguration(self._reset), pci.ADDRESS_PORT, pci.PORTS)
+        bus.attach(keyboard, keyboard_controller.FIRST_PORT, inside=True)
+        commands = keyboard_controller.FIRST_PORT + keyboard_controller.COMMAND_OFFSET
+        bus.attach(keyboard, commands, inside=True)
+        bus.attach(PciConfiguration(self._reset), pci.ADDRESS_PORT, pci.PORTS, inside=True)
 
     def now(self) -> int:
         """Virtual time, in nanoseconds since the start."""

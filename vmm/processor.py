@@ -23,7 +23,7 @@ from vmm.paging.access import ErrorCode
 from vmm.reporter import Reporter
 from vmm.run_state import RunState
 from vmm.translation import BlockCache, Span
-from vmm.trap.policy import Trap, UnmappedAccess
+from vmm.trap.policy import DeniedAbove, Trap, UnmappedAccess
 from vmm.trap.refusal import RunEnded
 from vmm.vcpu import VirtualCpu
 
@@ -37,7 +37,8 @@ class Processor:
     """Runs one vCPU, by turns if there are others.
 
     Everything that the guest can do comes out of the engines as a ``Stop``; everything that the host wants comes
-    in through ``pending`` (events to inject), ``interrupts`` (external interrupts) and ``state``.
+    in through ``pending`` (events to inject), ``interrupts`` (external interrupts) and ``state``. ``interrupts`` is
+    what a local APIC has in its IRR (SDM vol. 3, 11.8.4): a vector is pending or not, and the highest is taken first.
     """
 
     vcpu: VirtualCpu
@@ -48,7 +49,7 @@ class Processor:
     state: RunState
     single_step: bool
     pending: deque[Event] = field(factory=deque)
-    interrupts: deque[int] = field(factory=deque)
+    interrupts: set[int] = field(factory=set)
     #: The devices around it; None for a processor that has nothing but ports.
     board: Board | None = None
     #: Whether it waits at a HLT.
@@ -78,7 +79,7 @@ class Processor:
                 self.board.settle()
             if self.pending or self._interrupted:
                 self._deliver_what_is_due()
-            if state.ending is None:
+            if state.ending is None and not pace.is_over:
                 stop = self._enter()
                 if not (stop is Stop.REFUSED and pace.is_over):  # the first fetch of the next turn, which will see
                     self._answer(stop)
@@ -106,7 +107,7 @@ class Processor:
         try:
             outcome = self.trap.step()
         except UnmappedAccess as problem:
-            self._unmapped(problem.violation)
+            self._unmapped(problem)
             return None
         if view is not None and (outcome is None or context.pc != pc):
             view.synchronised(code, bits, lambda: self._line_of(decoded))
@@ -158,9 +159,11 @@ class Processor:
 
     def _take_interrupt(self) -> int:
         """The vector of the interrupt that is taken now."""
-        if self.interrupts or self.board is None:
-            return self.interrupts.popleft()
-        return self.board.acknowledge()
+        if self.board is not None and not self.interrupts:
+            return self.board.acknowledge()
+        vector = max(self.interrupts)
+        self.interrupts.remove(vector)
+        return vector
 
     @property
     def _interruptible(self) -> bool:
@@ -206,7 +209,7 @@ class Processor:
                 try:
                     self._answer(self.trap.answer(refusal))
                 except UnmappedAccess as problem:
-                    self._unmapped(problem.violation)
+                    self._unmapped(problem)
             case (GuestFault() | NonCanonical()) if self._is_early(refusal.page, refusal.access):
                 self._answer(self._step())
             case (GuestFault() | NonCanonical()) if refusal.access != FETCH and self._is_undefined():
@@ -336,12 +339,19 @@ class Processor:
         """The host has set up the EPT wrongly; only a handler can mend that."""
         self.reporter.count(ExitReason.EPT_MISCONFIGURATION)
         decision: Event | bool | None = None
+        gpa = refusal.gpa
+        if refusal.final:
+            gpa |= self.vcpu.instruction.faulting_address(refusal.page, refusal.access) & PAGE - 1
         if self.reporter.observed:
-            decision = self.reporter.exit(exits.EptMisconfiguration(rip=self.vcpu.context.pc, gpa=refusal.gpa))
+            decision = self.reporter.exit(exits.EptMisconfiguration(rip=self.vcpu.context.pc, gpa=gpa))
         if isinstance(decision, Event):
             self._deliver(decision)
         elif decision is None:
-            self.state.finish("EPT misconfiguration", {"gpa": refusal.gpa})
+            self.state.finish("EPT misconfiguration", {"gpa": gpa})
 
-    def _unmapped(self, violation: Violation) -> None:
-        self.state.finish("unmapped memory", {"gpa": violation.gpa, "gva": violation.page})
+    def _unmapped(self, problem: UnmappedAccess) -> None:
+        where = {"gpa": problem.violation.gpa, "gva": problem.violation.page}
+        if isinstance(problem, DeniedAbove):
+            self.state.finish("EPT violation", where)
+        else:
+            self.state.finish("unmapped memory", where)

@@ -11,6 +11,7 @@ from attrs import evolve
 from vmm.cpu.events import Event
 from vmm.errors import OptionError
 from vmm.exits import EptMisconfiguration, EptViolation, ExceptionExit, Exit, ExitReason, Record, Vmcall
+from vmm.inputs import Inputs
 
 E = TypeVar("E", bound=Exit)
 #: Called with each exit of its type before the default answer. A returned ``Event`` is delivered instead of that
@@ -18,13 +19,13 @@ E = TypeVar("E", bound=Exit)
 Handler = Callable[[E], "Event | bool | None"]
 Observer = Callable[[Record], None]
 #: Exits whose instruction has not executed, so that an event can be delivered instead of it.
-_REPLACEABLE: Final = (EptViolation, ExceptionExit, Vmcall, EptMisconfiguration)
+REPLACEABLE: Final = (EptViolation, ExceptionExit, Vmcall, EptMisconfiguration)
 
 
 class Reporter:
     """Counts every exit; makes records only if somebody wants them (``observed``)."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, inputs: Inputs) -> None:
         self.counts: Counter[ExitReason] = Counter()
         self.observed = False
         #: Whether observers or handlers may act on the guest, so that exits must be at exact boundaries.
@@ -38,6 +39,7 @@ class Reporter:
         self.stopped = False
         #: The vCPU at work, which records are to name; None on a machine that has only one.
         self.vcpu: int | None = None
+        self._inputs = inputs
         self._charged = 0
         self._observers: list[Observer] = []
         self._handlers: dict[type[Exit], list[Handler[Any]]] = {}
@@ -70,8 +72,7 @@ class Reporter:
         """Show a record to the observers."""
         if self.vcpu is not None:
             record = evolve(record, vcpu=self.vcpu)
-        for observer in self._observers:
-            observer(record)
+        self._show(record)
 
     def exit(self, record: Exit) -> Event | bool | None:
         """Show an exit to the observers, then to its handlers; what the first handler decides.
@@ -80,18 +81,31 @@ class Reporter:
         """
         if self.vcpu is not None:
             record = evolve(record, vcpu=self.vcpu)
+        if not self.interactive:
+            self._show(record)
+            return None
+        before = self._inputs.registers()
+        self._show(record)
+        decision = self._decision(record)
+        self._inputs.registers_after(before)
+        if decision is not None:
+            self._inputs.decided(decision)
+        return decision
+
+    def _show(self, record: Record) -> None:
         for observer in self._observers:
             observer(record)
-        if self._handlers:
-            for handler in self._handlers.get(type(record), ()):
-                decision = handler(record)
-                if decision is not None and decision is not False:
-                    return _checked(decision, record)
+
+    def _decision(self, record: Exit) -> Event | bool | None:
+        for handler in self._handlers.get(type(record), ()):
+            decision = handler(record)
+            if decision is not None and decision is not False:
+                return _checked(decision, record)
         return None
 
 
 def _checked(decision: object, record: Exit) -> Event | bool:
-    if decision is True or (isinstance(decision, Event) and isinstance(record, _REPLACEABLE)):
+    if decision is True or (isinstance(decision, Event) and isinstance(record, REPLACEABLE)):
         return decision
     if isinstance(decision, Event):
         what, fix = f"an event in place of {record.reason.name}", "hand it to Machine.inject and return None"

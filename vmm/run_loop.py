@@ -32,7 +32,7 @@ class RunLoop:
                 take_turn()
         reason, detail = self._state.settle(seconds)
         self.current.trap.close_windows()
-        end = End(reason, self.current.vcpu.context.rip, detail)
+        end = End(reason, self.current.vcpu.context.rip, detail, vcpu=self._reporter.vcpu)
         self._reporter.emit(end)
         return end
 

@@ -84,6 +84,19 @@ def counters_of(machine: Machine) -> Json:
     }
 
 
+def state_hash(machine: Machine) -> Json:
+    """Digests of the final state: of all vCPUs' registers, RAM and console output, and of these three together.
+
+    ``docs/formats.md`` says what exactly is hashed.
+    """
+    registers = json.dumps([vcpu.context.registers() for vcpu in machine.vcpus]).encode("ascii")
+    ram = machine.memory.bytes[: machine.guest.manifest.machine.memory]
+    parts = [hashlib.sha256(data) for data in (registers, ram, machine.console.output)]
+    whole = hashlib.sha256(b"".join(part.digest() for part in parts))
+    names = ("sha256", "registers", "memory", "console")
+    return dict(zip(names, [digest.hexdigest() for digest in (whole, *parts)], strict=True))
+
+
 def encode(state: Json) -> bytes:
     """The document's text: ASCII, indented by one, with an end of line."""
     return json.dumps(state, indent=1).encode("ascii") + b"\n"

@@ -191,7 +191,10 @@ protect:
         lea     eax, [rdi + 7]
 protect_page:
         and     eax, -0x1000
-        push    rsi
+        bt      rsi, 63
+        jc      1f
+        vmcall                          # the page in RAX is to be executed: for a monitor that wants to see it first
+1:      push    rsi
         or      rsi, rax
         push    rax
         shr     eax, 12

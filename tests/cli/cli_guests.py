@@ -28,3 +28,9 @@ entry = 0x10000
 registers = {{ rsp = 0x80000 }}
 {more}
 """
+
+#: Goes into ``more``: another vCPU, which executes the same.
+TWO_VCPUS = """
+[[vcpu]]
+entry = 0x10000
+"""

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_guests import EXITS_FOR_EVER, ROOT, SPIN
+from cli_guests import EXITS_FOR_EVER, ROOT, SPIN, TWO_VCPUS
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
@@ -26,9 +26,10 @@ def wait_until_it_runs(child, folder):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
+@pytest.mark.parametrize("more", ["", TWO_VCPUS], ids=["one vCPU", "two vCPUs"])
 @pytest.mark.parametrize("code", [SPIN, EXITS_FOR_EVER], ids=["no exits", "many exits"])
-def test_a_signal_ends_the_run_and_leaves_whole_files(process, guest, tmp_path, code, number, status):
-    folder = guest(code, more="[limits]\nexits = 1000000000")
+def test_a_signal_ends_the_run_and_leaves_whole_files(process, guest, tmp_path, code, more, number, status):
+    folder = guest(code, more=f"{more}\n[limits]\nexits = 1000000000")
     out = tmp_path / "out"
     out.mkdir()
     child = process("run", folder, "-q", "--trace", out / "trace", "--state", out / "state")

@@ -18,7 +18,8 @@ def scripted(vmm, tmp_path):
         result = vmm("run", folder, "--expect", script, "--state", state, "--trace", trace, "-q", "--check")
         if not state.exists():
             return result, None, None
-        records = [json.loads(line) for line in trace.read_text().splitlines()[1:]]
+        lines = [json.loads(line) for line in trace.read_text().splitlines()[1:]]
+        records = [line for line in lines if line["kind"] not in ("input", "state")]
         return result, json.loads(state.read_text()), records
 
     return run

@@ -41,6 +41,18 @@ def test_halt_is_an_end_only_if_the_manifest_says_so(vmm, guest):
     assert ends(vmm, guest(HALT, name="unwanted"))[:2] == (1, "halt")
 
 
+def test_1_for_a_guest_that_does_not_keep_w_xor_x(vmm, guest):
+    status, reason, complaint = ends(vmm, guest(END_0X2A), "--wx", "stop")
+    assert (status, reason) == (1, "W^X violation")
+    assert "a fetch at 0x10000 that the W^X policy refuses (rule mapping)" in complaint
+
+
+def test_2_for_a_guest_without_page_tables_that_should_keep_it(vmm):
+    result = vmm("run", "real-mode", "--wx", "stop")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith("vmm: wx: without page tables everything is writable and executable; ")
+
+
 def test_3_for_a_triple_fault(vmm, guest):
     status, reason, complaint = ends(vmm, guest(INVALID))
     assert (status, reason) == (3, "triple fault")

@@ -6,6 +6,7 @@ import pytest
 
 from vmm.devices import ByteWide, KeyboardController, PciConfiguration, PortBus
 from vmm.devices.virtual_time import SteppedClock, Timers
+from vmm.inputs import Inputs
 
 
 class Memory:
@@ -21,15 +22,15 @@ class Memory:
 
 class TestByteWide:
     def test_a_wide_access_is_one_access_a_byte(self):
-        memory, bus = Memory(8), PortBus()
-        bus.attach(ByteWide(memory, 0x3F8, 8), 0x3F8, 8)
+        memory, bus = Memory(8), PortBus(Inputs())
+        bus.attach(ByteWide(memory, 0x3F8, 8), 0x3F8, 8, inside=True)
         assert bus.read(0x3FA, 2) == 0x0302
         bus.write(0x3F9, 4, 0x44332211)
         assert memory.registers == [0, 0x11, 0x22, 0x33, 0x44, 5, 6, 7]
 
     def test_beyond_the_last_register_there_is_nothing(self):
-        memory, bus = Memory(2), PortBus()
-        bus.attach(ByteWide(memory, 0x20, 2), 0x20, 2)
+        memory, bus = Memory(2), PortBus(Inputs())
+        bus.attach(ByteWide(memory, 0x20, 2), 0x20, 2, inside=True)
         assert bus.read(0x21, 4) == 0xFFFFFF01
         bus.write(0x21, 2, 0xAABB)
         assert memory.registers == [0, 0xBB]

@@ -4,6 +4,7 @@ import json
 import re
 import struct
 
+import attrs
 import pytest
 from guest.elf_builder import Elf, Load
 from pages import ROOT, blocks_of
@@ -11,7 +12,9 @@ from pages import ROOT, blocks_of
 from vmm.commands.audit import audit_file, document
 from vmm.commands.run import RunRequest, run
 from vmm.exits import ExitReason
+from vmm.inputs import KINDS
 from vmm.trace.fields import Schema
+from vmm.trace.reading import BETWEEN
 
 PAGE = ROOT / "docs" / "formats.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -20,12 +23,15 @@ assert PAGE.name == "formats.md"
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The lines of a trace, and a state."""
+    """The lines of a trace, and of one of a guest that is given something to read; a state."""
     folder = tmp_path_factory.mktemp("formats")
     trace, state = folder / "run.jsonl", folder / "state.json"
     request = RunRequest("alias-patch", trace=str(trace), state=str(state), hashes=("0x10000:16",), quiet=True)
     assert run(request) == 0
-    return [json.loads(line) for line in trace.read_text().splitlines()], json.loads(state.read_text())
+    given = folder / "contract.jsonl"
+    assert run(RunRequest("contract", trace=str(given), quiet=True)) == 0
+    lines = [json.loads(line) for path in (trace, given) for line in path.read_text().splitlines()]
+    return lines, json.loads(state.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +74,7 @@ def test_an_example_is_real(block, written, audited):
 
 def test_every_kind_of_record_has_a_section():
     titles = re.findall(r"^### `(\w+)`", TEXT, re.MULTILINE)
-    assert sorted(titles) == sorted([*Schema.of_records().kinds, "console"])
+    assert sorted(titles) == sorted([*Schema.of_records().kinds, *BETWEEN])
 
 
 @pytest.mark.parametrize("reason", ExitReason, ids=lambda reason: reason.name)
@@ -78,6 +84,13 @@ def test_every_exit_is_in_the_table_with_its_fields(reason):
     assert str(int(reason)) in numbers.split(", ")
     fields = Schema.of_records().exits[reason.name].keys() - {"rip", "reason", "number", "vcpu"}
     assert {field for field in fields if f"`{field}`" not in keys} == set()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_input_is_in_the_table_with_its_fields(name):
+    section = TEXT[TEXT.index("### `input`") : TEXT.index("### `state`")]
+    (row,) = re.findall(rf"^\| `{name}` \| (.*?) \|", section, re.MULTILINE)
+    assert {field.name for field in attrs.fields(KINDS[name]) if f"`{field.name}`" not in row} == set()
 
 
 def test_every_end_is_in_the_table():
@@ -90,7 +103,8 @@ def test_every_end_is_in_the_table():
 
 def test_every_register_of_a_state_is_named(written):
     _, state = written
-    (row,) = re.findall(r"^\| `registers` \| (.*) \|$", TEXT, re.MULTILINE)
+    section = TEXT[TEXT.index("## A final state") :]
+    (row,) = re.findall(r"^\| `registers` \| (.*) \|$", section, re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", row)) | {f"r{i}" for i in range(8, 16)} | {f"xmm{i}" for i in range(16)}
     named |= {"rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"}
     assert named == set(state["registers"])

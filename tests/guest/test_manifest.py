@@ -69,7 +69,7 @@ def test_every_key_of_the_format_is_documented():
     keys = """
         schema name summary  format file load symbols  memory mode  entry cpl iopl registers idt rsp0
         identity map gva gpa length access user  reads writes code wx  console.port
-        end.port end.value end.halt  limits.exits limits.seconds
+        input.port input.file clock.port clock.time  end.port end.value end.halt  limits.exits limits.seconds
     """
     assert [key for key in keys.split() if f"| `{key}` |" not in text] == []
 
@@ -247,6 +247,16 @@ BAD = [
     (TOP + IMAGE + REAL + CPU + "[policy]\nwx = 'stop'", "[policy].wx", "without page tables"),
     (GOOD + "[console]\nport = 0x10000", "[console].port", "out of range"),
     (GOOD + "[console]\nport = 0xf4", "[console].port", "[end].port too"),
+    (GOOD + "[input]\nfile = 'x'", "[input].port", "missing"),
+    (GOOD + "[input]\nport = 0xffff", "[input].port", "out of range"),
+    (GOOD + "[input]\nport = 0xe8", "[input].port", "its 2 ports from 0xe8 on include 0xe9, which is [console].port"),
+    (GOOD + "[input]\nport = 0xf4", "[input].port", "which is [end].port"),
+    (GOOD + "[clock]\nport = 0xf3", "[clock].port", "its 3 ports from 0xf3 on include 0xf4"),
+    (GOOD + "[clock]\nport = 0xe1\n[input]\nport = 0xe0", "[clock].port", "which is [input]'s"),
+    (GOOD + "[clock]\nport = 0xe0\n[ipi]\nport = 0xe2", "[clock].port", "which is [ipi].port"),
+    (GOOD + "[clock]\ntime = 1", "[clock].port", "missing"),
+    (GOOD + "[clock]\nport = 0xe0\ntime = -1", "[clock].time", "out of range"),
+    (GOOD + "[clock]\nport = 0xe0\ntime = 20000000000", "[clock].time", "out of range"),
     (GOOD + "[end]\nport = 0x10000", "[end].port", "out of range"),
     (GOOD + "[end]\nvalue = 256", "[end].value", "out of range"),
     (GOOD + "[end]\nhalt = true\nvalue = 1", "[end].value", "no port"),
@@ -293,6 +303,10 @@ KEYS = st.sampled_from(
         "limits.exits",
         "limits.seconds",
         "console.port",
+        "input.port",
+        "input.file",
+        "clock.port",
+        "clock.time",
         "policy.code",
         "image.format",
         "paging.map",

@@ -15,9 +15,11 @@ from vmm.guest import load_guest
 GUESTS = Path(__file__).parents[2] / "guests"
 FOLDERS = sorted(manifest.parent for manifest in GUESTS.glob("*/guest.toml"))
 EXPECTED = {
-    *("alias-patch", "breakpoint", "call-site", "decrypt", "implicit-stores", "lazy-binding", "lock-rmw", "mid-fault"),
+    *("alias-patch", "breakpoint", "call-site", "cross-modify", "decrypt", "implicit-stores", "lazy-binding"),
+    *("lock-rmw", "mid-fault"),
     *("patch-ahead", "patch-next", "patch-self", "protected-mode", "read-code", "real-mode", "remap"),
-    *("rep-movs", "shrink-wrap", "straddle", "three-aliases"),
+    *("rep-movs", "shrink-wrap", "straddle", "three-aliases", "contract"),
+    *("translator", "translator-by-address", "cow-fork", "cow-fork-stale", "dual-mapping", "dual-mapping-rwx"),
 }
 
 _spec = importlib.util.spec_from_file_location("guests_build", GUESTS / "build.py")

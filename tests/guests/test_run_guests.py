@@ -41,12 +41,19 @@ POLICIES = [
     for code in ("load", "fetch")
 ]
 
+
+
+def refuses(policy: Policy) -> bool:
+    """Whether there are accesses that the guest is not let through with."""
+    return policy.wx != "off" or policy.code == "seal"
+
+
 #: Every guest in every way; what a policy refuses to a guest needs traps.
 RUNS = [
     (name, way)
     for name, path in GUESTS.items()
     for way, (options, _) in WAYS.items()
-    if options.traps or load_guest(path).manifest.policy.wx == "off"
+    if options.traps or not refuses(load_guest(path).manifest.policy)
 ]
 
 each_guest = pytest.mark.parametrize("name", GUESTS)
@@ -56,6 +63,8 @@ def machine_for(path: Path, options: RunOptions, policy: dict[str, str]) -> Mach
     guest = load_guest(path)
     if not options.traps:
         options = evolve(options, coherence=Coherence.COHERENT)
+    if guest.manifest.policy.code == "seal":  # which is part of what the guest is, not of how it is run
+        policy = {key: value for key, value in policy.items() if key != "code"}
     manifest = evolve(guest.manifest, policy=evolve(guest.manifest.policy, **policy))
     return Machine(evolve(guest, manifest=manifest), options)
 
@@ -117,7 +126,7 @@ class Shadow:
         self.copies = {
             frame.hpa: bytearray(machine.memory.read(frame.hpa, PAGE))
             for frame in machine.frames
-            if frame.state is FrameState.CODE
+            if frame.state in (FrameState.CODE, FrameState.SEALED)
         }
         machine.observe(self.see)
 

@@ -10,10 +10,16 @@ from vmm.guest_run import run
 WRONG = {guest.name: guest for guest in bundled_guests() if guest.wrong_of}
 #: What the report must say of each.
 CAUSES: dict[str, str] = {
+    "cross-modify-torn": "vCPU 1 has executed a mixture of two versions",
+    "cross-modify-unsynchronised": "vCPU 1 has executed a version that was gone: it had not serialised since the patch",
+    "contract-clock": "a contract may read nothing but its transactions",
     "lazy-binding-open": "after a patch the page of the call site must be read-only again",
     "lazy-binding-torn": "a call site must be patched in one store",
     "shrink-wrap-clobber": "the cold path must save what the prologue no longer saves",
     "shrink-wrap-unwind": "the unwind table must say what the prologue saves now",
+    "cow-fork-stale": "because: fork has shared this frame: who writes to it must fault first, and get a copy",
+    "dual-mapping-rwx": "because: the compiler writes by the view that runs: that page is writable and executable",
+    "translator-by-address": "because: the STORE went through the other address of the same frame",
     "toolpath-unsynchronised": "the controller must synchronise after it",
     "w-xor-x-rwx": "the page that the compiler writes its code to must not be executable while it is written",
 }

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from tiny import CODE, DATA, PAGE
 
 from vmm.errors import OptionError
-from vmm.exits import BlockEvent, EptViolation, ExceptionExit, ExternalInterrupt, Modification, RefusedAccess
+from vmm.exits import (
+    BlockEvent,
+    End,
+    EptViolation,
+    ExceptionExit,
+    ExternalInterrupt,
+    Modification,
+    RefusedAccess,
+)
 from vmm.guest.manifest import CpuSpec, Schedule
 from vmm.machine import RunOptions
 from vmm.scheduler import Scheduler
@@ -162,7 +170,7 @@ class TestPatching:
         guest_made = [m for m in made.of(Modification) if m.cause == "store"]
         assert {m.vcpu for m in guest_made} == {0}
         assert {v.vcpu for v in made.of(EptViolation)} <= {0, 1}
-        assert made.end.vcpu is None or made.end.vcpu == 0
+        assert made.end.vcpu == made.of(End)[0].vcpu == 0
 
     @pytest.mark.parametrize("seed", range(4))
     def test_all_ways_agree(self, seed):
@@ -186,6 +194,20 @@ def gate(handler: int) -> bytes:
     return b"".join(value.to_bytes(size, "little") for value, size in parts)
 
 
+#: The second round of each loop goes to the middle of the block that the first one was in.
+LOOPS = "mov ecx, 3; one: dec ecx; jnz one; mov ecx, 3; two: dec ecx; jnz two; mov ecx, 3; repe scasb; mov al, 0;"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_counted_is_what_was_executed(way, seed):
+    loops = f"mov edi, {DATA}; {LOOPS}"
+    counted = 1 + (1 + 6) + (1 + 6) + 3 + 1
+    made = build(f"{loops} hlt", f"{loops} hlt", seed=seed, quantum=5, options=WAYS[way])
+    assert made.run().reason == "halt"
+    assert [vcpu.pace.retired for vcpu in made.machine.vcpus] == [counted, counted]
+
+
 class TestInterprocessorInterrupts:
     SENDER = f"""
         mov eax, 0x0141
@@ -202,19 +224,41 @@ class TestInterprocessorInterrupts:
     HANDLER = f"push rax; push rdx; mov dx, {IPI}; in al, dx; mov byte ptr [0x40020], al; pop rdx; pop rax; iretq"
 
     def run(self, seed: int, options: RunOptions = tiny.STRICT):
+        made = self.build(seed, options)
+        made.run()
+        return made
+
+    def build(self, seed: int, options: RunOptions, *, quantum: int = 20):
         idt = bytes(16 * GATE_VECTOR) + gate(OTHER + 0x800)
         other = CpuSpec(OTHER, registers={"rsp": OTHER_STACK}, idt=IDT)
-        made = tiny.build(
+        return tiny.build(
             {CODE: self.SENDER, OTHER: self.RECEIVER, OTHER + 0x800: self.HANDLER, IDT: idt},
             code=(CODE, OTHER, OTHER + 0x800),
             maps=(*MAPS, tiny.map_page(IDT, IDT, "rw")),
             others=[other],
-            schedule=Schedule(seed, 20),
+            schedule=Schedule(seed, quantum),
             ipi=IPI,
             options=options,
         )
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_its_delivery_is_one_of_the_instructions_of_a_turn(self, seed):
+        """A turn that ends with the delivery does not execute the handler's first instruction."""
+        turns = {way: self.turns(seed, WAYS[way]) for way in ("free", "stepped")}
+        assert turns["free"] == turns["stepped"]
+
+    def turns(self, seed: int, options: RunOptions) -> list[tuple[int, ...]]:
+        """How many instructions each vCPU has completed at the start of each turn; turns are of one or two."""
+        made, counts = self.build(seed, options, quantum=2), []
+        draw = made.machine.loop._scheduler.draw
+
+        def noting(ready):
+            counts.append(tuple(vcpu.pace.retired for vcpu in made.machine.vcpus))
+            return draw(ready)
+
+        made.machine.loop._scheduler.draw = noting
         made.run()
-        return made
+        return counts
 
     @pytest.mark.parametrize("seed", range(5))
     @pytest.mark.parametrize("way", WAYS)

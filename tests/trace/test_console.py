@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import tiny
 from attrs import frozen
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from vmm.exits import EptViolation, Mtf
 from vmm.guest.image import LoadedImage, Segment
 from vmm.guest.loader import Guest, bundled_guests, load_guest
+from vmm.guest.manifest import CpuSpec, Schedule
 from vmm.guest.symbols import Symbol, Symbols
 from vmm.machine import Machine
 from vmm.trace.console import LIMIT, ConsoleView
@@ -22,7 +24,11 @@ from vmm.trace.rendering import Entry, line_of
 
 def view_of(name, **options):
     """What a bundled guest's run looks like, line by line."""
-    machine = Machine.from_manifest(name)
+    return lines_of(Machine.from_manifest(name), **options)
+
+
+def lines_of(machine, **options):
+    """What a machine's run looks like, line by line."""
     text = []
     view = ConsoleView(machine, Painter(text.append, color=options.pop("color", False)), **options)
     machine.observe(view.record)
@@ -124,6 +130,45 @@ def test_a_long_run_does_not_flood():
     assert lines[-1].split()[1] == "end"
 
 
+class TestSeveralVcpus:
+    def test_each_line_says_whose_it_is(self):
+        rows = [columns(text) for text in view_of("cross-modify", everything=True)]
+        kinds = {(row[1], row[2]) for row in rows if row[0].split("-")[0].isdecimal()}
+        assert {vcpu for vcpu, _ in kinds} == {"0", "1"}
+        assert {("0", "modification"), ("1", "EXTERNAL_INTERRUPT"), ("1", "CPUID")} <= kinds
+        assert not {("1", "modification"), ("0", "EXTERNAL_INTERRUPT"), ("0", "CPUID")} & kinds
+
+    def test_the_columns_stand_below_each_other(self):
+        lines = view_of("cross-modify", everything=True)
+        interrupt = next(text for text in lines if "EXTERNAL_INTERRUPT" in text)
+        violation = next(text for text in lines if "EPT_VIOLATION" in text)
+        assert interrupt.index("vector 0x40") == violation.index("write where")
+        assert interrupt.split()[1:3] == ["1", "EXTERNAL_INTERRUPT"]
+
+    def test_a_block_that_dies_has_an_owner(self):
+        assert any(re.search(r"drops block \d+ of vCPU 1: \d+ bytes at ", text) for text in view_of("cross-modify"))
+
+    def test_one_vcpu_needs_no_number(self):
+        rows = [columns(text) for text in view_of("alias-patch")]
+        assert not any(row[1].isdecimal() for row in rows if row[0].isdecimal())
+
+    def test_ten_need_two_digits(self):
+        made = tiny.build("hlt", others=[CpuSpec(tiny.CODE) for _ in range(10)])
+        halts = [line for line in lines_of(made.machine) if "HLT" in line]
+        assert {line.split()[1] for line in halts} == {str(number) for number in range(11)}
+        assert len({line.index("HLT") for line in halts}) == 1
+
+    def test_what_two_print_is_not_mixed(self):
+        both = "mov al, 0x61; out 0xe9, al; out 0xe9, al; hlt"
+        other = CpuSpec(0x20000, registers={"rsp": tiny.STACK})
+        maps = [tiny.map_page(0x20000, 0x20000)]
+        made = tiny.build({tiny.CODE: both, 0x20000: both}, maps=maps, others=[other], schedule=Schedule(3, 2))
+        prints = [columns(line) for line in lines_of(made.machine) if "IO_INSTRUCTION" in line]
+        assert sum(row[-1].count("a") for row in prints) == 4
+        assert {row[1] for row in prints} == {"0", "1"}
+        assert len(prints) > 2
+
+
 def test_colours():
     plain, coloured = view_of("patch-ahead"), view_of("patch-ahead", color=True)
     assert not any("\x1b" in text for text in plain)
@@ -180,6 +225,12 @@ def test_only_touched_instructions_are_shown():
 def test_instructions_that_stay_are_left_out():
     old, new = "b801000000ffc8c3" + "90" * 15, "b801000000ffc0c3" + "90" * 15
     assert patch(old, new, 0, 8).difference() == (["dec eax"], ["inc eax"])
+
+
+def test_what_stands_behind_an_int3_is_not_guessed():
+    """The int3 may be the first byte of an instruction that is being patched."""
+    assert patch("90 cc 01010101", "90 cc 02020202", 2, 4).difference() == ([], [])
+    assert patch("90 cc", "90 90", 1, 1).difference() == (["int3"], ["nop"])
 
 
 def test_an_instruction_that_goes_on_elsewhere_is_not_guessed():

@@ -28,6 +28,23 @@ def test_a_trace_is_judged_like_the_run_itself(tmp_path):
     assert verdict.divergence.line == 3
 
 
+def test_lines_that_are_no_records_are_passed_over(tmp_path):
+    """Inputs, the state hash, and whatever comes later: none of them counts, and `next` looks past them."""
+    run = [
+        {"seq": 0, "kind": "input", "input": "stop"},
+        {"seq": 1, "kind": "exit", "reason": "HLT", "number": 12, "rip": 5},
+        {"seq": 1, "kind": "input", "input": "port", "port": 1, "size": 1, "value": 2},
+        {"seq": 1, "kind": "novelty", "rip": 5},
+        {"seq": 2, "kind": "exit", "reason": "MTF", "number": 37, "rip": 6},
+        {"seq": 2, "kind": "state", "sha256": "00"},
+        {"seq": 3, "kind": "end", "reason": "stopped", "rip": 7},
+    ]
+    path = written(tmp_path, HEADER + "".join(json.dumps(line) + "\n" for line in run))
+    assert check_trace(path, script("exit HLT\nnext exit MTF\nnext end stopped")).ok
+    divergence = check_trace(path, script("exit HLT\nnext exit HLT")).divergence
+    assert divergence.record == 2
+
+
 def test_a_trace_without_records_is_a_run_without_records(tmp_path):
     assert check_trace(written(tmp_path, HEADER), script("")).ok
 

@@ -81,7 +81,7 @@ class Lines:
 def test_console_text_keeps_its_place(steps):
     """All text is there, in order, in whole lines, after the record that came before its last piece."""
     output = Lines()
-    sink = TraceSink(output, {"schema": "vmm-trace/1"})
+    sink = TraceSink(output, lambda: {"schema": "vmm-trace/1"})
     for step in steps:
         (sink.console if isinstance(step, str) else sink.record)(step)
     sink.record(End("stopped", 0))
@@ -98,7 +98,7 @@ def test_console_text_keeps_its_place(steps):
 
 def test_text_without_an_end_of_line_does_not_pile_up():
     output = Lines()
-    sink = TraceSink(output, {})
+    sink = TraceSink(output, dict)
     for _ in range(10_000):
         sink.console("x")
     sink.flush()
@@ -107,7 +107,7 @@ def test_text_without_an_end_of_line_does_not_pile_up():
 
 def test_lines_are_written_in_batches():
     output = Lines()
-    sink = TraceSink(output, {"schema": "vmm-trace/1"})
+    sink = TraceSink(output, lambda: {"schema": "vmm-trace/1"})
     for _ in range(5000):
         sink.record(Mtf(1))
     assert 5 <= len(output.pieces) <= 20
@@ -117,7 +117,7 @@ def test_lines_are_written_in_batches():
 
 def test_a_record_costs_a_few_microseconds():
     """Ratios, because machines differ: a hot record takes less than half of what json.dumps takes."""
-    sink = TraceSink(Lines(), {})
+    sink = TraceSink(Lines(), dict)
     record = EptViolation(rip=0x10000, qualification=0x1A2, gpa=0x11001, gva=0x40011001)
 
     def best(action):

@@ -41,7 +41,7 @@ def build(code: str, *, single_step: bool = False, **rest):
             HANDLERS: tiny.assemble(
                 f"push rbx; mov ebx, {COUNT}; inc dword ptr [rbx]; pop rbx; mov r12, [rsp]; iretq", HANDLERS
             ),
-            DATA: bytes(16 * VECTOR) + gate(HANDLERS),
+            DATA: bytes(16 * VECTOR) + 3 * gate(HANDLERS),
             TARGET: b"\x90" * 64 + b"\x10\0",
         },
         maps=[map_page(TARGET, TARGET)],
@@ -94,11 +94,19 @@ class TestInterrupts:
         assert taken(made) == 1
         assert made.machine.register("r12") - load == 2 + 1
 
-    def test_several_are_taken_one_after_the_other(self, single_step):
+    def test_several_are_taken_one_after_the_other_the_highest_first(self, single_step):
+        made = build(f"sti; nop; cpuid; nop; nop; xor eax, eax\n{tiny.END}", single_step=single_step)
+        vectors = [VECTOR + 1, VECTOR + 2, VECTOR]
+        made.machine.on(Cpuid)(lambda _exit: [made.machine.interrupt(vector) for vector in vectors] and None)
+        made.run()
+        assert taken(made) == 3
+        assert [record.vector for record in made.of(ExternalInterrupt)] == sorted(vectors, reverse=True)
+
+    def test_one_vector_is_pending_or_not(self, single_step):
         made = build(f"sti; nop; cpuid; nop; nop; xor eax, eax\n{tiny.END}", single_step=single_step)
         made.machine.on(Cpuid)(lambda _exit: [made.machine.interrupt(VECTOR) for _ in range(3)] and None)
         made.run()
-        assert taken(made) == 3
+        assert taken(made) == 1
 
     def test_hlt_waits_for_one_that_is_due(self, single_step):
         made = build(f"cli; cpuid; sti; hlt; xor eax, eax\n{tiny.END}", single_step=single_step)

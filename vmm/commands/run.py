@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +11,7 @@ from attrs import evolve, frozen
 
 from vmm.coherence import Coherence
 from vmm.commands.diagnostics import Diagnostics
+from vmm.commands.given import parse_time, read_input
 from vmm.commands.interrupt import Interruption
 from vmm.commands.outputs import STDOUT, OutputFile, Outputs
 from vmm.commands.progress import Progress
@@ -23,10 +23,12 @@ from vmm.guest.kallsyms import find_kallsyms, to_text
 from vmm.guest.loader import Guest, load_guest
 from vmm.machine import Machine, RunOptions
 from vmm.outcome import Outcome, Status, judge
+from vmm.printed import hear_text
+from vmm.recording import record
 from vmm.state_file import MemoryRange, encode, state_of
 from vmm.trace.console import ConsoleView
 from vmm.trace.names import symbols_of
-from vmm.trace.sink import TraceSink, header
+from vmm.trace.sink import TraceSink
 from vmm.translation.cache import DEFAULT_CAPACITY
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from vmm.trace.script import Script
 
 #: Exit statuses of a process that a signal ended, as shells give them.
-_SIGNALLED: Final = 128
+SIGNALLED: Final = 128
 
 
 @frozen(slots=True)
@@ -64,6 +66,8 @@ class RunRequest:
     seed: int | None = None
     coherence: str | None = None
     capacity: int = DEFAULT_CAPACITY
+    input: str | None = None
+    time: str | None = None
     wx: Literal["off", "fault", "stop"] | None = None
     color: str = "auto"
 
@@ -76,6 +80,8 @@ class RunRequest:
             block_events=self.blocks,
             capacity=self.capacity,
             seconds=self.seconds,
+            input=read_input(self.input),
+            time=parse_time(self.time),
             seed=self.seed,
             coherence=None if self.coherence is None else Coherence(self.coherence),
             wx=self.wx,
@@ -110,11 +116,12 @@ def run_guest(
     memory = guest.manifest.machine.memory
     ranges = [MemoryRange.parse(text, memory=memory) for text in request.hashes]
     script = None if request.expect is None else _load_script(request.expect, guest)
+    options = request.options()
     with Interruption() as interruption, Outputs([*_inputs(guest, request), *also_read]) as outputs:
         trace = outputs.add("--trace", request.trace)
         state = outputs.add("--state", request.state)
         symbols = outputs.add("--symbols", request.kernel_symbols)
-        machine = Machine(guest, request.options())
+        machine = Machine(guest, options)
         log.tell("engines verified and made", unicorn=version("unicorn"), memory=memory)
         watched = _Run(request, machine, trace, state, script, log)
         watched.symbols = symbols
@@ -132,6 +139,10 @@ def _inputs(guest: Guest, request: RunRequest) -> list[Path]:
     """The files that the run reads, which none of its outputs may replace."""
     manifest = guest.manifest
     given = [manifest.path, manifest.image.file, manifest.image.symbols, request.expect]
+    if manifest.input is not None:
+        given.append(manifest.input.file)
+    if request.input != STDOUT:
+        given.append(request.input)
     return [Path(path) for path in given if path is not None]
 
 
@@ -158,8 +169,7 @@ class _Run:
         self.script: ScriptRun | None = None
         self.symbols: OutputFile | None = None
         if trace is not None:
-            self.sink = TraceSink(trace, header(machine.guest))
-            machine.observe(self.sink.record)
+            self.sink = record(machine, trace, target=request.target)
         if not (request.quiet or request.live):
             self.view = ConsoleView(machine, self.screen.painter, everything=request.everything)
             machine.observe(self.view.record)
@@ -167,7 +177,9 @@ class _Run:
             from vmm.script_actions import ScriptRun  # noqa: PLC0415 - as above
 
             self.script = ScriptRun(machine, script)
-        self._hear_console()
+            hear_text(machine, [self.script.matcher.console])
+        if request.live and not request.quiet:
+            hear_text(machine, [self._show_live])
 
     def go(self, ranges: list[MemoryRange], interruption: Interruption) -> int:
         """Run, then write and say what is to be written and said; the exit status."""
@@ -188,23 +200,12 @@ class _Run:
         if outcome.status is Status.INTERRUPTED:
             self.script = None  # a script says nothing about half a run
         status = self._conclude(outcome)
-        return _SIGNALLED + interruption.received if status == Status.INTERRUPTED else status
+        return SIGNALLED + interruption.received if status == Status.INTERRUPTED else status
 
     def _screen(self) -> Screen:
         """Where the view goes: to standard error if a file goes to standard output."""
         taken = STDOUT in (self.request.trace, self.request.state)
         return (standard_error if taken else standard_output)(color=self.request.color)
-
-    def _hear_console(self) -> None:
-        listeners: list[Callable[[str], None]] = []
-        if self.sink is not None:
-            listeners.append(self.sink.console)
-        if self.script is not None:
-            listeners.append(self.script.matcher.console)
-        if self.request.live and not self.request.quiet:
-            listeners.append(self._show_live)
-        if listeners:
-            hear_text(self.machine, listeners)
 
     def _show_live(self, text: str) -> None:
         """What the guest prints, for a terminal as it is, for files with ends of lines as files have them."""
@@ -263,16 +264,3 @@ def run_to_end(machine: Machine) -> End:
         end = End("error", machine.vcpus[machine.reporter.vcpu or 0].context.rip, detail)
         machine.reporter.emit(end)
         return end
-
-
-def hear_text(machine: Machine, listeners: list[Callable[[str], None]]) -> None:
-    """Have the guest's printed bytes handed on as text; what is not UTF-8 becomes U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def hear(data: bytes) -> None:
-        text = decoder.decode(data)
-        if text:
-            for listener in listeners:
-                listener(text)
-
-    machine.on_output(hear)

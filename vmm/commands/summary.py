@@ -32,6 +32,8 @@ def summarize(machine: Machine, outcome: Outcome, painter: Painter, *, printed: 
     good = outcome.status is Status.OK
     wanted = _as_wanted(machine, outcome) if printed else ""
     _row("end", f"{outcome.what}{wanted}", painter, Style.GOOD if good else Style.BAD)
+    if len(machine.vcpus) > 1:
+        _row("vCPUs", _vcpus(machine), painter)
     _row("exits", _exits(machine), painter)
     _row("patches", _patches(machine), painter)
     _row("blocks", _blocks(machine), painter)
@@ -67,6 +69,11 @@ def _printed(output: bytes, painter: Painter) -> None:
         painter.line(f"| {one_line(text[:_TEXT_WIDTH])}")
     if lines:
         painter.line()
+
+
+def _vcpus(machine: Machine) -> str:
+    retired = " + ".join(f"{vcpu.pace.retired:,}" for vcpu in machine.vcpus)
+    return f"{len(machine.vcpus)}, interleaved by seed {machine.seed}: {retired} instructions"
 
 
 def _exits(machine: Machine) -> str:

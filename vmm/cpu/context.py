@@ -14,10 +14,13 @@ from vmm.cpu import binding as b
 from vmm.cpu import layout as at
 from vmm.cpu.early_flags import ARITHMETIC
 from vmm.cpu.state import Segment, SegmentName
+from vmm.errors import OptionError
 
 GPR_NAMES: Final = (
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 )  # fmt: skip
+#: What ``Context.set_register`` sets: the registers that have no hidden part.
+SETTABLE: Final = frozenset({*GPR_NAMES, "rip", "rflags", "cr2", "cr3", *(f"xmm{i}" for i in range(16))})
 SEGMENT_NAMES: Final[tuple[SegmentName, ...]] = get_args(SegmentName)
 
 CR0_PE: Final = 1
@@ -25,6 +28,8 @@ CR0_PG: Final = 1 << 31
 EFER_LMA: Final = 1 << 10
 RFLAGS_RF: Final = 1 << 16
 RFLAGS_VM: Final = 1 << 17
+#: All of RFLAGS but VM, which goes with segments of another sort.
+RFLAGS_SETTABLE: Final = 0x3D_7FD7
 #: The flags that translations depend on: TF, IOPL, RF, VM, AC.
 EFLAGS_IN_MODE: Final = 0x73100
 _AR_DB: Final = 1 << 14
@@ -398,6 +403,37 @@ class Context:
     def set_gpr(self, name: str, value: int) -> None:
         """Set a general register by its 64-bit name."""
         self.gprs[GPR_NAMES.index(name)] = value
+
+    def set_register(self, name: str, value: int) -> None:
+        """Set a register by its name in a state file: a general register, RIP, RFLAGS, CR2, CR3 or XMM.
+
+        Raises ``OptionError`` for another one, and for a value that it cannot hold.
+        """
+        wide = name.startswith("xmm")
+        if name not in SETTABLE or value >> (128 if wide else 64) or (name == "rflags" and value & ~RFLAGS_SETTABLE):
+            fix = "set a general register, rip, rflags, cr2, cr3 or xmm to what it can hold"
+            raise OptionError(f"{name[:20]!a} = {value:#x}", where="registers", fix=fix)
+        if wide:
+            self.write_xmm(int(name[3:]), value)
+        elif name in GPR_NAMES:
+            self.set_gpr(name, value)
+        else:
+            setattr(self, name, value)
+
+    def snapshot(self) -> bytes:
+        """The whole saved state, to be compared with a later one."""
+        return bytes(self._buffer)
+
+    def changed_since(self, before: bytes) -> dict[str, int]:
+        """The registers, with their values now, that differ from those of a ``snapshot`` of this context."""
+        now = self.snapshot()
+        if now == before:
+            return {}
+        new = self.registers()
+        ctypes.memmove(self.pointer, before, len(before))
+        old = self.registers()
+        ctypes.memmove(self.pointer, now, len(now))
+        return {name: value for name, value in new.items() if value != old[name]}
 
     def registers(self) -> dict[str, int]:
         """Every architectural register by name, as a state file shows them."""

@@ -11,6 +11,8 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
     [policy]   reads, writes, code, coherence, wx
     [console]  port: what the guest writes there is its printed output
+    [input]    port, file: what the guest reads there
+    [clock]    port, time: where it reads the time
     [ipi]      port: interprocessor interrupts, and the number of the vCPU that asks
     [workpiece] port, vector, lead, flaws: something for a guest to steer over
     [end]      port, value, halt
@@ -26,7 +28,7 @@ from __future__ import annotations
 
 import sys
 import tomllib
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from attrs import field, frozen
 
@@ -34,6 +36,7 @@ from vmm.devices.workpiece import PORTS
 from vmm.errors import ManifestError
 from vmm.guest.fields import PAGE, U16_MAX, U32_MAX, U64_MAX, Table, is_canonical
 from vmm.guest.files import one_line, read_file
+from vmm.guest.inputs import ClockSpec, InputSpec, clock_of, input_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,15 +73,16 @@ VCPUS_LIMIT: Final = 16
 #: How many instructions a turn of a vCPU may have.
 QUANTUM_LIMIT: Final = 1 << 20
 
-_MANIFEST_LIMIT: Final = 1 << 20
+MANIFEST_LIMIT: Final = 1 << 20
 _MAPS_LIMIT: Final = 1024
 _MAPPED_LIMIT: Final = 4 << 30
 _NAME_LENGTH: Final = 100
+_POLICY_KEYS: Final = ("reads", "writes", "code", "coherence", "wx")
 _FLAWS_LIMIT: Final = 1024
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
     *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "end", "limits"),
-    *("console", "ipi", "workpiece"),
+    *("console", "input", "clock", "ipi", "workpiece"),
 )
 
 
@@ -229,6 +233,8 @@ class Manifest:
     summary: str = ""
     policy: Policy = Policy()
     console: Console = Console()
+    input: InputSpec | None = None
+    clock: ClockSpec | None = None
     end: End = End()
     limits: Limits = Limits()
     others: tuple[CpuSpec, ...] = ()
@@ -256,7 +262,7 @@ class Manifest:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest in the file ``path``; raises ManifestError. The image's file is not looked at."""
-    data = read_file(path, _MANIFEST_LIMIT, error=ManifestError, fix=f"give the path of a {MANIFEST_NAME}")
+    data = read_file(path, MANIFEST_LIMIT, error=ManifestError, fix=f"give the path of a {MANIFEST_NAME}")
     try:
         text = data.decode()
     except UnicodeDecodeError as problem:
@@ -291,6 +297,9 @@ def _manifest(top: Table, path: Path) -> Manifest:
     end = _end(top.table("end", ("port", "value", "halt")))
     paging = _paging(top, machine, cpu)
     console = _console(top.table("console", ("port",)), end)
+    ipi = _ipi(top.table("ipi", ("port",)), end, console)
+    workpiece = _workpiece(top, (end.port, console.port)) if "workpiece" in top else None
+    taken = _taken(end, console, ipi, workpiece)
     return Manifest(
         path=path,
         name=top.string("name", longest=_NAME_LENGTH),
@@ -299,16 +308,27 @@ def _manifest(top: Table, path: Path) -> Manifest:
         machine=machine,
         cpu=cpu,
         paging=paging,
-        policy=_policy(top.table("policy", ("reads", "writes", "code", "coherence", "wx")), machine, image, paging),
+        policy=_policy(top.table("policy", _POLICY_KEYS), machine, image, paging),
         console=console,
+        input=input_of(top, path.parent, taken),
+        clock=clock_of(top, taken),
         end=end,
         limits=_limits(top.table("limits", ("exits", "seconds"))),
         others=_others(top, machine, cpu),
         schedule=_schedule(top.table("schedule", ("seed", "quantum"))),
-        ipi=_ipi(top.table("ipi", ("port",)), end, console),
-        workpiece=_workpiece(top, (end.port, console.port)) if "workpiece" in top else None,
+        ipi=ipi,
+        workpiece=workpiece,
         wrong_of=_wrong_of(top),
     )
+
+
+def _taken(end: End, console: Console, ipi: Ipi, workpiece: WorkpieceSpec | None) -> dict[int, str]:
+    """The ports that these devices have, and the key of each."""
+    named = {"[console].port": console.port, "[end].port": end.port, "[ipi].port": ipi.port}
+    taken = {port: name for name, port in named.items() if port is not None}
+    if workpiece is not None:
+        taken |= dict.fromkeys(range(workpiece.port, workpiece.port + PORTS), "[workpiece]'s")
+    return taken
 
 
 def _wrong_of(top: Table) -> str:
@@ -516,6 +536,15 @@ def _has_page_tables(machine: MachineSpec, paging: Paging | None) -> bool:
 
 def _last_linear(machine: MachineSpec) -> int:
     return U64_MAX if machine.mode == "long" else U32_MAX
+
+
+def policy_from(values: dict[str, Any], manifest: Manifest, origin: str) -> Policy:
+    """The policy that the values of a ``[policy]`` table make for the guest of a manifest.
+
+    Raises ``ManifestError`` that names ``origin``.
+    """
+    table = Table(values, "[policy]", origin, _POLICY_KEYS)
+    return _policy(table, manifest.machine, manifest.image, manifest.paging)
 
 
 def _policy(table: Table, machine: MachineSpec, image: Image, paging: Paging | None) -> Policy:

@@ -1,8 +1,8 @@
 """Two-stage address translation for one vCPU: the guest's page tables, then the EPT.
 
 ``translation.py`` answers the fills of the free-running engine; ``step.py`` those of the stepping engine, and keeps
-track of what a step writes; ``instruction.py`` looks at the instruction that a refusal belongs to; ``refusals.py`` has
-the reasons for refusing.
+track of what a step writes; ``structures.py`` is how walks reach the guest's page tables; ``instruction.py`` looks at
+the instruction that a refusal belongs to; ``refusals.py`` has the reasons for refusing.
 """
 
 from vmm.mmu.instruction import CurrentInstruction

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from attrs import define
 
+from vmm.ept import MISCONFIGURED
+from vmm.ept.bits import WRITE as _WRITE
 from vmm.errors import GuestError
 
 
@@ -29,7 +31,10 @@ class Violation:
     """The EPT does not allow the access: a VM exit is due.
 
     ``page`` is linear, ``gpa`` the page's (or, for a paging structure, the entry's) guest-physical address,
-    ``leaf`` what the EPT said (0: nothing mapped), ``final`` false for an access to a paging structure.
+    ``leaf`` what the EPT said (0: not present), ``final`` false for an access to a paging structure. ``needed`` is what
+    all entries would have to allow (bits 2:0 and 10 of an entry). An access to a paging structure has
+    ``linear_access``, what the instruction was doing to the linear page. ``advanced`` are bits 9 to 11 of the exit
+    qualification, 0 on a processor without them.
     """
 
     page: int
@@ -37,14 +42,30 @@ class Violation:
     gpa: int
     leaf: int
     final: bool
+    needed: int
+    linear_access: int | None = None
+    advanced: int = 0
+
+    @property
+    def updates(self) -> bool:
+        """Whether it is an access to a paging structure that counts as a read and a write.
+
+        That is one that sets accessed and dirty flags, or any with those of the EPT on.
+        """
+        return not self.final and bool(self.needed & _WRITE)
 
 
 @define(slots=True, eq=False)
 class Misconfiguration:
-    """An EPT entry on the way has a setting that no processor supports (SDM vol. 3, 28.3.3.1): a VM exit is due."""
+    """An EPT entry on the way has a setting that the processor does not support (SDM vol. 3, 29.3.3.1).
+
+    A VM exit is due. ``gpa`` is as for a :class:`Violation`.
+    """
 
     page: int
+    access: int
     gpa: int
+    final: bool
 
 
 @define(slots=True, eq=False)
@@ -65,11 +86,19 @@ Refusal = GuestFault | NonCanonical | Violation | Misconfiguration | Unjudged
 
 
 class PagingStructureViolation(Exception):  # noqa: N818 - a guest-physical fault on its way out of a walk
-    """The EPT does not allow an access to a guest paging-structure entry."""
+    """The EPT does not allow an access to a guest paging-structure entry, or is misconfigured there."""
 
-    def __init__(self, gpa: int, access: int, leaf: int) -> None:
-        super().__init__(gpa, access, leaf)
-        self.gpa, self.access, self.leaf = gpa, access, leaf
+    def __init__(self, gpa: int, access: int, leaf: int, needed: int) -> None:
+        super().__init__(gpa, access, leaf, needed)
+        self.gpa, self.access, self.leaf, self.needed = gpa, access, leaf, needed
+
+    def refusal(self, page: int, access: int) -> Violation | Misconfiguration:
+        """What it means for the access to a linear page that the walk was for."""
+        if self.leaf == MISCONFIGURED:
+            return Misconfiguration(page, self.access, self.gpa, final=False)
+        return Violation(
+            page, self.access, self.gpa, self.leaf, final=False, needed=self.needed, linear_access=access
+        )
 
 
 class UnmappedStructure(GuestError):  # noqa: N818 - says what happened

@@ -12,11 +12,12 @@ from vmm.cpu.context import Context
 from vmm.cpu.engine import FETCH, READ, R, W, X
 from vmm.cpu.stepping import SteppingEngine
 from vmm.decode import MAX_LENGTH, Decoded, decode
+from vmm.ept import CLEAN, MISCONFIGURED
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames, FrameState
 from vmm.mmu.instruction import CurrentInstruction
-from vmm.mmu.refusals import Violation
 from vmm.mmu.translation import LEAF_ADDRESS, PAGE_OFFSET, Control, Fill, Mmu
+from vmm.paging import Translation
 
 _NOT_FETCHED: Final = (FrameState.DATA, FrameState.WINDOW)
 
@@ -99,7 +100,7 @@ class StepMemory:
             translation, leaf = found
             host = leaf & LEAF_ADDRESS
             if access == FETCH:
-                if self._refuses_fetch(page, translation.gpa, leaf):
+                if self._refuses_fetch(page, translation, leaf):
                     return 0
                 if side is not None:
                     host = side.host(host)
@@ -111,6 +112,8 @@ class StepMemory:
                 return 0
             if access == READ:
                 return host | R
+            if leaf & CLEAN:
+                self._mmu.used(translation.gpa, access, leaf)
             if side is not None:
                 side.before_write(host, self._pc)
             self.written[page] = (translation.gpa, host)
@@ -120,19 +123,22 @@ class StepMemory:
 
         return fill
 
-    def _refuses_fetch(self, page: int, gpa: int, leaf: int) -> bool:
-        if not leaf & X and not self._is_opened_code(leaf, leaf & LEAF_ADDRESS):
-            self._mmu.refusal = Violation(page, FETCH, gpa, leaf, final=True)
+    def _refuses_fetch(self, page: int, translation: Translation, leaf: int) -> bool:
+        """Whether a page cannot be fetched, and is not code that is open for this very instruction."""
+        executable = self._mmu.executable
+        opened = leaf & executable == executable or self._is_opened_code(leaf)
+        if not opened and self._mmu.refuses(page, FETCH, translation, leaf):
             return True
-        return self._is_unjudged(page, FETCH, gpa, leaf)
+        return self._is_unjudged(page, FETCH, translation.gpa, leaf)
 
     def _is_unjudged(self, page: int, access: int, gpa: int, leaf: int) -> bool:
         return self._mmu.judges and self._mmu.is_unjudged(self._control, page, access, gpa, leaf)
 
-    def _is_opened_code(self, leaf: int, host: int) -> bool:
-        """Whether a page that the EPT does not let be fetched is code that is open for this very instruction."""
-        frame = self._frames.at(host)
-        return bool(leaf) and frame.state is FrameState.STEPPING and frame.resting not in _NOT_FETCHED
+    def _is_opened_code(self, leaf: int) -> bool:
+        if leaf in (0, MISCONFIGURED):
+            return False
+        frame = self._frames.at(leaf)
+        return frame.state is FrameState.STEPPING and frame.resting not in _NOT_FETCHED
 
     def _reaches(self, page: int) -> bool:
         """Whether the instruction itself lies on a linear page other than the one that it starts on.

@@ -7,15 +7,16 @@ TLB by the clock), so nothing that a run shows may depend on how often they come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from vmm.cpu.context import Context
 from vmm.cpu.engine import FETCH, READ, WRITE, Engine, R, W, X
 from vmm.cpu.free import FreeRunningEngine
 from vmm.decode import MAX_LENGTH, decode, operand_address
-from vmm.ept import ExtendedPageTables
+from vmm.ept import CLEAN, MISCONFIGURED, ExtendedPageTables
+from vmm.ept.bits import USER_EXECUTE
+from vmm.ept.qualification import advanced
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames
 from vmm.mmu.refusals import (
@@ -27,7 +28,8 @@ from vmm.mmu.refusals import (
     Unjudged,
     Violation,
 )
-from vmm.paging import Access, EntryChanged, PageFault, PagingMode, Translation, entries, is_canonical, walk
+from vmm.mmu.structures import NO_WRITER, GuestStructures
+from vmm.paging import Access, PageFault, PagingMode, Translation, entries, is_canonical, walk
 from vmm.paging.mode import CR0_PG
 
 PAGE_OFFSET: Final = PAGE - 1
@@ -46,13 +48,6 @@ Fill = Callable[[int, int], int]
 
 _ACCESS: Final = {READ: Access.READ, WRITE: Access.WRITE, FETCH: Access.FETCH}
 _NEEDED: Final = {READ: R, WRITE: W, FETCH: X}
-
-
-class StructureWriter(Protocol):
-    """Where updates of paging structures go that the VMM makes on the guest's behalf."""
-
-    def write(self, pieces: list[tuple[int, int, bytes]], *, cause: str, mmu: Mmu | None) -> None:
-        """Change guest memory at each (HPA, GPA), as one operation."""
 
 
 class FetchSide(Protocol):
@@ -81,15 +76,20 @@ class Mmu:
         self.refusal: Refusal | None = None
         #: Whether a W^X policy has to see each use of a permission to write or fetch before it is granted.
         self.judges = False
-        #: While the VMM itself walks on the guest's behalf, paging structures in code frames may be read, and what
-        #: the walk changes in them goes here.
-        self._writer: StructureWriter | None = None
         #: None where fetches reach what loads and stores reach, as on a coherent processor.
         self.fetch_side: FetchSide | None = None
+        #: The guest's page tables, for its walks.
+        self.structures: Final = GuestStructures(memory, ept, frames, self)
         self._memory = memory
         self._ept = ept
         self._frames = frames
         self._context = context
+        profile = ept.profile
+        #: What a fetch from a user-mode linear address needs (SDM vol. 3, 29.3.3.2).
+        self._user_fetch = USER_EXECUTE if profile.mode_based_execute else X
+        #: What a leaf has that any fetch is allowed from.
+        self.executable: Final = X | self._user_fetch
+        self._advanced = profile.capabilities.advanced_information
         self._fetch_pages: dict[int, int] = {}
         self._fixed_root: int | None = None
         self._fixed: list[tuple[int, int, int]] = []
@@ -115,9 +115,11 @@ class Mmu:
                     return 0
                 if access == READ:
                     return leaf & (LEAF_ADDRESS | R)  # the first store comes here, too
+            if leaf & CLEAN:
+                leaf = self.used(translation.gpa, access, leaf)
             if access == FETCH:
                 self.fetched(page, leaf & LEAF_ADDRESS)
-                return leaf & (LEAF_ADDRESS | X | R * translation.readable)
+                return leaf & (LEAF_ADDRESS | R * translation.readable) | X
             return leaf & (LEAF_ADDRESS | R * translation.readable | W * translation.writable)
 
         return fill if self.fetch_side is None else self._fills_of_two_sides(fill, self.fetch_side, engine)
@@ -143,13 +145,25 @@ class Mmu:
 
     def refuses(self, page: int, access: int, translation: Translation, leaf: int) -> bool:
         """Whether the EPT does not allow the access; misconfiguration comes before violation."""
-        if leaf & (W | R) == W:
-            self.refusal = Misconfiguration(page, translation.gpa)
-            return True
-        if not leaf & _NEEDED[access]:
-            self.refusal = Violation(page, access, translation.gpa, leaf, final=True)
-            return True
-        return False
+        needed = self._user_fetch if access == FETCH and translation.user else _NEEDED[access]
+        if leaf & needed:
+            return False
+        if leaf == MISCONFIGURED:
+            self.refusal = Misconfiguration(page, access, translation.gpa, final=True)
+        else:
+            self.refusal = Violation(page, access, translation.gpa, leaf, final=True, needed=needed)
+            if self._advanced:
+                self.refusal.advanced = advanced(
+                    user=translation.user, read_write=translation.read_write, execute_disable=translation.nx
+                )
+        return True
+
+    def used(self, gpa: int, access: int, leaf: int) -> int:
+        """The leaf for the engine of a page whose EPT dirty flag is clear: a write sets it, all else must not hide one.
+
+        The engine's TLB hides what follows, so W is withheld until the first write.
+        """
+        return self._ept.dirty(gpa) if access == WRITE else leaf & ~W
 
     def is_unjudged(self, control: Control, page: int, access: int, gpa: int, leaf: int) -> bool:
         """Whether the W^X policy must see this use of a permission first; that is then the ``refusal``."""
@@ -187,19 +201,19 @@ class Mmu:
             self.refusal = NonCanonical(page, access)
             return None
         try:
-            translation = walk(self, mode, cr3, page, _ACCESS[access], user=user)
+            translation = walk(self.structures, mode, cr3, page, _ACCESS[access], user=user)
         except PageFault as fault:
             if not (user and fault.error_code & 1 and self._is_system_access(engine, page, access)):
                 self.refusal = GuestFault(page, access, fault.error_code)
                 return None
             return self._translate_system(mode, cr3, page, access)
         except PagingStructureViolation as violation:
-            self.refusal = Violation(page, violation.access, violation.gpa, violation.leaf, final=False)
+            self.refusal = violation.refusal(page, access)
             return None
         leaf = self._ept.translate(translation.gpa)
         if fixed:
             self._fixed_walks[page, access, user] = translation
-        elif leaf:
+        elif leaf and leaf != MISCONFIGURED:
             self._frames.at(leaf).learn(root, page)
         return translation, leaf
 
@@ -235,62 +249,27 @@ class Mmu:
         self, mode: PagingMode, cr3: int, page: int, access: int
     ) -> tuple[Translation, int] | None:
         try:
-            translation = walk(self, mode, cr3, page, _ACCESS[access], user=False, implicit=True)
+            translation = walk(self.structures, mode, cr3, page, _ACCESS[access], user=False, implicit=True)
         except PageFault as fault:
             self.refusal = GuestFault(page, access, fault.error_code)
             return None
+        except PagingStructureViolation as violation:
+            self.refusal = violation.refusal(page, access)
+            return None
         return translation, self._ept.translate(translation.gpa)
-
-    # The guest's page tables, behind the EPT (vmm.paging.PhysicalMemory)
-
-    def load(self, gpa: int, size: int) -> int:
-        """A paging-structure entry."""
-        leaf = self._ept.translate(gpa)
-        if not leaf & R and (self._writer is None or not leaf):
-            raise PagingStructureViolation(gpa, READ, leaf)
-        hpa = leaf & LEAF_ADDRESS | gpa & PAGE_OFFSET
-        if size == 8:
-            return self._memory.words[hpa >> 3]
-        return int.from_bytes(self._memory.read(hpa, size), "little")
-
-    def compare_and_store(self, gpa: int, size: int, old: int, new: int) -> None:
-        """Set accessed and dirty flags in a paging-structure entry."""
-        leaf = self._ept.translate(gpa)
-        if not leaf & W and (self._writer is None or not leaf):
-            raise PagingStructureViolation(gpa, WRITE, leaf)
-        hpa = leaf & LEAF_ADDRESS | gpa & PAGE_OFFSET
-        if int.from_bytes(self._memory.read(hpa, size), "little") != old:
-            raise EntryChanged(f"the paging-structure entry at GPA {gpa:#x} changed under a walk")
-        data = new.to_bytes(size, "little")
-        if self.fetch_side is not None:
-            self.fetch_side.before_write(hpa, None)
-        if self._writer is None:
-            self._memory.write(hpa, data)
-        else:
-            self._writer.write([(hpa, gpa, data)], cause="page walk", mmu=self)
-
-    @contextmanager
-    def structure_access(self, writer: StructureWriter) -> Iterator[None]:
-        """Let walks reach paging structures in code frames, with their updates going to ``writer``."""
-        before, self._writer = self._writer, writer
-        try:
-            yield
-        finally:
-            self._writer = before
 
     # Looking at the guest
 
     def peek(self, gva: int) -> int | None:
         """The host address behind a linear address, for looking only: no rights, no flags set; None if unmapped."""
         try:
-            with self.structure_access(_NO_WRITER):
-                translation = walk(
-                    self, self.current_mode(), self._context.cr3, gva, Access.READ, user=False, set_bits=False
-                )
+            with self.structures.reached_by(NO_WRITER):
+                mode, cr3 = self.current_mode(), self._context.cr3
+                translation = walk(self.structures, mode, cr3, gva, Access.READ, user=False, set_bits=False)
         except (PageFault, PagingStructureViolation):
             return None
-        leaf = self._ept.translate(translation.gpa)
-        return leaf & LEAF_ADDRESS | gva & PAGE_OFFSET if leaf else None
+        leaf = self._ept.look(translation.gpa)
+        return leaf & LEAF_ADDRESS | gva & PAGE_OFFSET if leaf and leaf != MISCONFIGURED else None
 
     def rights(self, root: int, page: int) -> tuple[int, bool, bool] | None:
         """(host page, writable, executable) of a linear page, by the page tables of ``root`` as they are now.
@@ -304,8 +283,8 @@ class Mmu:
             return None
         if mode.levels:
             try:
-                with self.structure_access(_NO_WRITER):
-                    found = entries(self, mode, root, page)
+                with self.structures.reached_by(NO_WRITER):
+                    found = entries(self.structures, mode, root, page)
             except PagingStructureViolation:
                 return None
             leaf = found[-1]
@@ -314,8 +293,8 @@ class Mmu:
             gpa = leaf.address | page & leaf.page_size - PAGE
             writable = all(entry.writable is not False for entry in found)
             executable = not any(entry.nx for entry in found)
-        mapped = self._ept.entry(gpa)
-        return (mapped.address, writable, executable) if mapped.mapped else None
+        host = self._ept.host_page(gpa)
+        return None if host is None else (host, writable, executable)
 
     def code_bytes(self, gva: int) -> bytes:
         """Up to 15 bytes at the linear address of an instruction; short if it runs into an unmapped page."""
@@ -335,10 +314,9 @@ class Mmu:
         """Whether the guest's page tables forbid a store to a linear page; the fault is then the ``refusal``."""
         context = self._context
         try:
-            with self.structure_access(_NO_WRITER):
-                walk(
-                    self, self.current_mode(), context.cr3, page, Access.WRITE, user=context.cpl == 3, set_bits=False
-                )
+            with self.structures.reached_by(NO_WRITER):
+                mode, user = self.current_mode(), context.cpl == 3
+                walk(self.structures, mode, context.cr3, page, Access.WRITE, user=user, set_bits=False)
         except PageFault as fault:
             self.refusal = GuestFault(page, WRITE, fault.error_code)
             return True
@@ -349,7 +327,7 @@ class Mmu:
         context = self._context
         for access in (Access.WRITE, Access.READ):
             try:
-                walk(self, self.current_mode(), context.cr3, page, access, user=context.cpl == 3)
+                walk(self.structures, self.current_mode(), context.cr3, page, access, user=context.cpl == 3)
             except PageFault:
                 continue
             return
@@ -397,13 +375,3 @@ class Mmu:
             pages.update(page for page in candidates if self.peek(page) == frame.hpa)
         self._fixed_pages[frame.hpa] = sorted(pages)
         return self._fixed_pages[frame.hpa]
-
-
-class _NoWriter:
-    """For walks that set no flags."""
-
-    def write(self, pieces: list[tuple[int, int, bytes]], *, cause: str, mmu: Mmu | None) -> None:
-        raise AssertionError(pieces, cause, mmu)
-
-
-_NO_WRITER: Final = _NoWriter()

@@ -81,6 +81,8 @@ class Translation(NamedTuple):
     #: ``readable`` and ``writable`` are owed to RFLAGS.AC (SMAP, supervisor, user page): good for this
     #: access, but not to be cached beyond a change of AC, nor for implicit accesses.
     ac_dependent: bool
+    #: R/W is set in every entry, whatever that means for who asks.
+    read_write: bool
 
 
 class PhysicalMemory(Protocol):

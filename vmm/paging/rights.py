@@ -25,6 +25,7 @@ class Rights(NamedTuple):
     user: bool
     nx: bool
     ac_dependent: bool
+    read_write: bool
 
 
 RightsTable = tuple[tuple[Rights, ...], ...]
@@ -52,4 +53,4 @@ def _rights(who: int, index: int, *, wp: bool, smep: bool, smap: bool) -> Rights
         write = read and (writable_page or not wp)
         execute = not nx and not (user_page and smep)
     allowed = read << Access.READ | write << Access.WRITE | execute << Access.FETCH
-    return Rights(allowed, read, write, execute, user_page, nx, ac_dependent)
+    return Rights(allowed, read, write, execute, user_page, nx, ac_dependent, writable_page)

@@ -69,7 +69,7 @@ def walk(
                 _no_translation(mode, entry, gva, access, user=user)
 
         who = USER if user else SUPERVISOR_AC if ac else SUPERVISOR
-        allowed, readable, writable, executable, user_page, nx, ac_dependent = mode.rights[who][
+        allowed, readable, writable, executable, user_page, nx, ac_dependent, read_write = mode.rights[who][
             every >> 1 & 3 | some >> 61 & 4
         ]
         if not allowed >> access & 1:
@@ -96,6 +96,7 @@ def walk(
                 entry & G != 0 and mode.pge,
                 nx,
                 ac_dependent,
+                read_write,
             )
         )
 
@@ -112,6 +113,7 @@ def _untranslated(gva: int) -> Translation:
         global_=False,
         nx=False,
         ac_dependent=False,
+        read_write=True,
     )
 
 

@@ -23,8 +23,14 @@ if TYPE_CHECKING:
 
 #: Lines after which a run is only counted, unless everything is wanted.
 LIMIT: Final = 200
-_WIDTHS: Final = (9, 16, 22)
-_INDENT: Final = " " * (sum(_WIDTHS) + 8)
+#: Widths of the columns: number, kind, place; where there are several vCPUs, which one it was comes behind the number,
+#: and kinds have room for EXTERNAL_INTERRUPT.
+_NUMBER: Final = 9
+_KIND: Final = 16
+_KIND_OF_SEVERAL: Final = 18
+_PLACE: Final = 22
+#: Blanks between two columns.
+_GAP: Final = "  "
 #: Bytes of console output that one line shows.
 _GATHERED: Final = 64
 
@@ -47,6 +53,9 @@ class ConsoleView:
         self._lines = 0
         self._unseen = 0
         self._patches = PatchReader(machine, self._names)
+        self._several = len(machine.vcpus) > 1
+        self._vcpu = len(str(len(machine.vcpus) - 1))
+        self._indent = " " * len(self._start("", None, Line("", "", ""))) + _GAP
         self._watch_blocks()
 
     def record(self, record: Record) -> None:
@@ -55,6 +64,8 @@ class ConsoleView:
         if self._full and not isinstance(record, End):
             self._unseen += 1
         elif isinstance(record, IoInstruction) and self._is_printing(record):
+            if self._gathered is not None and self._gathered.record.vcpu != record.vcpu:
+                self._ungather()
             self._gather(record)
         else:
             self._ungather()
@@ -108,7 +119,8 @@ class ConsoleView:
         return Entry(self._seq, record, self._seq, patch=self._patches.read(record), dead=words)
 
     def _words(self, block: Block) -> str:
-        return f"block {block.number}: {block.size} bytes at {self._names.code(block.gva)}"
+        owner = f" of vCPU {block.vcpu}" if self._several else ""
+        return f"block {block.number}{owner}: {block.size} bytes at {self._names.code(block.gva)}"
 
     def _watch_blocks(self) -> None:
         """Hear of every block that dies, besides whoever else listens."""
@@ -136,20 +148,23 @@ class ConsoleView:
     def _show_entry(self, entry: Entry) -> None:
         line = line_of(entry, self._names)
         number = str(entry.seq) if entry.first == entry.seq else f"{entry.first}-{entry.seq}"
-        self._painter.line(_columns(number, line), line.style)
+        self._painter.line(self._start(number, entry.record.vcpu, line) + line.what, line.style)
         for style, text in line.below:
-            self._painter.line(_INDENT + text, style)
+            self._painter.line(self._indent + text, style)
         self._lines += 1 + len(line.below)
 
+    def _start(self, number: str, vcpu: int | None, line: Line) -> str:
+        """All columns of a line but the last."""
+        columns = [f"{number:>{_NUMBER}}", f"{line.kind:<{_KIND}}", f"{line.where:<{_PLACE}}", ""]
+        if self._several:
+            who = "" if vcpu is None else str(vcpu)
+            columns[1:2] = [f"{who:>{self._vcpu}}", f"{line.kind:<{_KIND_OF_SEVERAL}}"]
+        return _GAP.join(columns)
+
     def _show_note(self, text: str) -> None:
-        self._painter.line(f"{'...':>{_WIDTHS[0]}}  {text}", Style.QUIET)
+        self._painter.line(f"{'...':>{_NUMBER}}  {text}", Style.QUIET)
         self._lines += 1
 
     def _tell_unseen(self) -> None:
         if self._unseen:
             self._show_note(f"{self._unseen:,} more records (--all shows them, --trace keeps them)")
-
-
-def _columns(number: str, line: Line) -> str:
-    first, second, third = _WIDTHS
-    return f"{number:>{first}}  {line.kind:<{second}}  {line.where:<{third}}  {line.what}"

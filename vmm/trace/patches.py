@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Final
 from attrs import frozen
 
 from vmm.decode import MAX_LENGTH, decode, disassemble
-from vmm.ept.entry import ADDRESS_MASK
 from vmm.memory import PAGE
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from vmm.trace.names import Names
     from vmm.translation import Block
 
+_INT3: Final = 0xCC
 #: Instructions shown of each side.
 _SHOWN: Final = 4
 #: Bytes of a modification that are disassembled.
@@ -66,6 +66,8 @@ class Patch:
             if not length and len(rest) < MAX_LENGTH:
                 return  # it goes on in another frame
             length = length or 1
+            if code[at] == _INT3 and at + length == self.first:
+                return  # nobody knows whether an instruction begins behind it
             if at + length > self.first:
                 yield disassemble(rest, self.start + at, self.bits, limit=1)[0]
             at += length
@@ -97,7 +99,7 @@ class PatchReader:
 
     def read(self, record: Modification) -> Patch | None:
         """The patch, while memory still holds it; None if nobody knows where an instruction begins, or it is data."""
-        hpa = self._machine.ept.translate(record.gpa) & ADDRESS_MASK | record.gpa % PAGE
+        hpa = (self._machine.ept.host_page(record.gpa) or 0) | record.gpa % PAGE
         block = self._last.get(hpa & -PAGE)
         if block is not None:
             spans = _widened(block)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _BYTES_SHOWN: Final = 16
 _ADDRESSES_SHOWN: Final = 4
 #: Fields that make two records of one type different for the eye.
-_SHAPE: Final = ("rip", "qualification", "vector", "cause", "event", "before", "after", "rule", "access")
+_SHAPE: Final = ("rip", "qualification", "vector", "cause", "event", "before", "after", "rule", "access", "vcpu")
 _VECTORS: Final = frozenset(Vector)
 
 
@@ -193,7 +193,8 @@ def _addresses(addresses: tuple[int, ...]) -> str:
 
 def _block(record: BlockEvent, names: Names) -> Line:
     cause = "" if record.event == "created" else f" ({record.cause})"
-    what = f"block {record.block} {record.event}{cause}: {record.size} bytes at GPA {record.gpa:#x}"
+    owner = "" if record.owner is None else f" of vCPU {record.owner}"
+    what = f"block {record.block}{owner} {record.event}{cause}: {record.size} bytes at GPA {record.gpa:#x}"
     return Line("block", names.code(record.gva), what, Style.QUIET)
 
 
@@ -208,7 +209,7 @@ def _any_exit(record: Exit, names: Names) -> Line:
     return Line(record.reason.name, names.code(record.rip), what, bad)
 
 
-_COMMON: Final = frozenset({"kind", "reason", "number", "rip", "length"})
+_COMMON: Final = frozenset({"kind", "reason", "number", "rip", "length", "vcpu"})
 _RENDERERS: Final[dict[type[Record], Callable[[Any, Names], Line]]] = {
     EptViolation: _violation,
     Mtf: _mtf,

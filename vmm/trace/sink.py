@@ -6,7 +6,6 @@ Lines are filled into templates that are worked out once for each type of record
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from json.encoder import encode_basestring_ascii as quoted
@@ -16,17 +15,15 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import attrs
 from attrs import evolve
 
-from vmm.errors import ImageError
-from vmm.exits import BlockEvent, Exit, FrameEvent, Injection, IoInstruction, Json, Modification, Record
-from vmm.guest.files import read_file
-from vmm.guest.image import ELF_FILE_LIMIT
+from vmm.exits import BlockEvent, End, Exit, FrameEvent, Injection, IoInstruction, Json, Modification, Record
 
 if TYPE_CHECKING:
-    from vmm.guest.loader import Guest
+    from vmm.inputs import Input
 
-SCHEMA: Final = "vmm-trace/1"
 #: Lines that are collected before they are written.
-_BATCH: Final = 512
+BATCH: Final = 512
+#: Ends that come at another moment each time, or leave the machine in the middle of something: no state goes with them.
+CUT_OFF: Final = frozenset({"interrupted", "time", "error"})
 #: A piece of console output without an end of line is written when it has this many characters.
 _LONGEST_PIECE: Final = 4096
 
@@ -59,41 +56,48 @@ class Output(Protocol):
         """Take some bytes."""
 
 
-def header(guest: Guest) -> Json:
-    """The object of a trace's first line; ``image`` is the SHA-256 of the image file."""
-    fix = "leave the image in its place"
-    image = read_file(guest.manifest.image.file, ELF_FILE_LIMIT, error=ImageError, fix=fix)
-    return {
-        "schema": SCHEMA,
-        "guest": guest.name,
-        "image": hashlib.sha256(image).hexdigest(),
-        "memory": guest.manifest.machine.memory,
-        "policy": attrs.asdict(guest.manifest.policy),
-    }
-
-
 class TraceSink:
-    """Writes a trace to ``output``: ``record`` is an observer, ``console`` takes the guest's printed text.
+    """Writes a trace to ``output``.
 
-    Records are numbered from 1. A line of printed text has the number of the record that it came after. Lines
-    are written in batches; ``flush`` must be called at the end.
+    ``record`` is an observer, ``console`` takes the guest's printed text, ``input`` listens to the inputs.
+    Records are numbered from 1. A line of printed text, and one of an input, has the number of the record that it came
+    after. ``header`` gives the first line's object when the first lines are written, ``state`` the digests of the
+    final state when the run has ended. Lines are written in batches of ``batch``; ``flush`` must be called at the end.
     """
 
-    def __init__(self, output: Output, header: Json) -> None:
+    def __init__(
+        self,
+        output: Output,
+        header: Callable[[], Json],
+        state: Callable[[], Json] | None = None,
+        *,
+        batch: int = BATCH,
+    ) -> None:
         self.records = 0
+        #: The digests of the final state, once the run has ended in a way that comes again.
+        self.state: Json | None = None
         self._output = output
-        self._lines = [json.dumps(header) + "\n"]
+        self._header: Callable[[], Json] | None = header
+        self._state = state
+        self._batch = batch
+        self._lines: list[str] = []
         self._text = ""
 
     def record(self, record: Record) -> None:
         """Take the next record of the run."""
-        if record.kind == "end":
+        if isinstance(record, End):
             self._end_text()
+            self._end_state(record)
         self.records += 1
         lines = self._lines
         lines.append(line(self.records, record))
-        if len(lines) >= _BATCH:
+        if len(lines) >= self._batch:
             self._write()
+
+    def input(self, given: Input, depth: int) -> None:
+        """Take the next input; ``depth`` others are being carried out around it."""
+        inside = {"depth": depth} if depth else {}
+        self._lines.append(json.dumps({"seq": self.records, "kind": "input", **given.to_json(), **inside}) + "\n")
 
     def console(self, text: str) -> None:
         """Take the next piece of what the guest prints; it is written line by line."""
@@ -120,7 +124,15 @@ class TraceSink:
         for text in texts:
             self._lines.append(_CONSOLE % (self.records, quoted(text + end)))
 
+    def _end_state(self, end: End) -> None:
+        if self._state is not None and end.reason not in CUT_OFF:
+            self.state = self._state()
+            self._lines.append(json.dumps({"seq": self.records, "kind": "state", **self.state}) + "\n")
+
     def _write(self) -> None:
+        if self._header is not None:
+            self._lines.insert(0, json.dumps(self._header()) + "\n")
+            self._header = None
         data = "".join(self._lines).encode("ascii")
         self._lines.clear()
         self._output.write(data)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Final
 
 from vmm.ept import ExtendedPageTables, Permission
-from vmm.ept.tables import GPA_LIMIT
 from vmm.errors import InvariantError
 from vmm.exits import FrameEvent
 from vmm.memory import PAGE, GuestMemory
@@ -56,12 +55,16 @@ class FrameControl:
         """What the EPT allows in the frame's state, when no step is under way."""
         if frame.state is FrameState.DATA or frame.state is FrameState.WINDOW:
             return RW
-        return RX if frame.readable else Permission.X
+        executable_only = self._ept.profile.capabilities.execute_only and not frame.readable
+        return Permission.X if executable_only else RX
 
     def host_of(self, gpa: int) -> int | None:
         """The host page that a GPA leads to, even if the EPT allows nothing there; None without memory."""
-        entry = self._ept.entry(gpa) if gpa < GPA_LIMIT else None
-        return entry.address if entry is not None and entry.mapped else None
+        return self._ept.host_page(gpa)
+
+    def can_allow(self, gpa: int, needed: int) -> bool:
+        """Whether changing the entry that maps a GPA can allow what is needed (bits 2:0 and 10 of an entry)."""
+        return needed & ~self._ept.allowed_above(gpa) == 0
 
     def shares_block(self, frame: Frame, hpa: int) -> bool:
         """Whether a live block that holds the byte at ``hpa`` has bytes in the frame."""

@@ -25,6 +25,7 @@ from attrs import define, frozen
 
 from vmm.cpu.engine import FETCH, READ, WRITE, Stop
 from vmm.cpu.events import Event
+from vmm.ept.bits import PERMISSION_MASK, USER_EXECUTE
 from vmm.ept.qualification import encode
 from vmm.errors import OptionError
 from vmm.exits import EptViolation, ExitReason, Mtf
@@ -42,6 +43,7 @@ from vmm.trap.refusal import Refusals
 #: reads.
 HOT_FRAME: Final = 16
 
+_ALLOWED: Final = PERMISSION_MASK | USER_EXECUTE
 _READS: Final = ("step", "grant", "adaptive")
 _WRITES: Final = ("step", "window", "adaptive")
 
@@ -59,12 +61,16 @@ class TrapPolicy:
                 raise OptionError(f"{name} = {value!r}", where="policy", fix=f"choose one of {', '.join(choices)}")
 
 
-class UnmappedAccess(Exception):  # noqa: N818 - for the run loop, which ends the run
+class UnmappedAccess(Exception):  # noqa: N818 - for the processor, which ends the run
     """The guest reached for guest-physical memory that does not exist."""
 
     def __init__(self, violation: Violation) -> None:
         super().__init__(violation)
         self.violation = violation
+
+
+class DeniedAbove(UnmappedAccess):
+    """An EPT entry above the page's own forbids the access: only whoever wrote it can mend that."""
 
 
 @define(slots=True)
@@ -182,6 +188,8 @@ class Trap:
         host = self._host_of(violation)
         if host is None:
             raise UnmappedAccess(violation)
+        if not self.control.can_allow(violation.gpa, violation.needed):
+            raise DeniedAbove(violation)
         return self.frames.at(host)
 
     def _host_of(self, violation: Violation) -> int | None:
@@ -204,7 +212,7 @@ class Trap:
             self.control.grant_reads(frame, "page walk")
             return None
         try:
-            with self.mmu.structure_access(self.door):
+            with self.mmu.structures.reached_by(self.door):
                 self.mmu.walk_again(violation.page)
         except SealedFrame as sealed:
             return self.refusals.of_walk(sealed.gpa)
@@ -248,6 +256,10 @@ class Trap:
             return False
         return self.instruction.modifies(self.instruction.faulting_address(violation.page, READ))
 
+    def _is_of_modification(self, violation: Violation, address: int) -> bool:
+        """Whether a refused store is the second half of a read-modify-write, which is both, whichever is refused."""
+        return violation.access == WRITE and self.instruction.modifies(address)
+
     def _guest_forbids(self, violation: Violation) -> bool:
         """Whether a read-modify-write is to a page that the guest itself may not write: its #PF comes first."""
         return self._modifies(violation) and self.mmu.forbids_write(violation.page)
@@ -257,13 +269,16 @@ class Trap:
         self.reporter.count(ExitReason.EPT_VIOLATION)
         if not self.reporter.observed:
             return None
-        address = self.instruction.faulting_address(violation.page, violation.access)
+        access = violation.access if violation.linear_access is None else violation.linear_access
+        address = self.instruction.faulting_address(violation.page, access)
+        both = violation.updates or (violation.final and self._is_of_modification(violation, address))
         qualification = encode(
-            read=violation.access == READ,
-            write=violation.access == WRITE or modifies,
+            read=violation.access == READ or both,
+            write=violation.access == WRITE or modifies or both,
             fetch=violation.access == FETCH,
-            allowed=violation.leaf & 7,
+            allowed=violation.leaf & _ALLOWED,
             final=violation.final,
+            advanced=violation.advanced,
         )
         offset = address & PAGE - 1 if violation.final else 0
         decision = self.reporter.exit(

@@ -81,14 +81,20 @@ def _is_tracked(frame: Frame, mmu: Mmu, alias: tuple[int, int]) -> bool:
     if alias in frame.used:
         return True
     if len(frame.used) >= MAX_ALIASES:
-        for used in list(frame.used):
-            found = mmu.rights(*used)
-            if found is None or found[0] != frame.hpa:
-                del frame.used[used]
+        _forget_others(frame, mmu)
     if len(frame.used) >= MAX_ALIASES:
         return False
     frame.used[alias] = None
     return True
+
+
+def _forget_others(frame: Frame, mmu: Mmu) -> None:
+    """Forget the aliases that lead elsewhere now, and what was judged of them."""
+    for root, page in list(frame.used):
+        found = mmu.rights(root, page)
+        if found is None or found[0] != frame.hpa:
+            del frame.used[root, page]
+            frame.judged -= {(root, page, WRITE), (root, page, FETCH)}
 
 
 def _reach(frame: Frame, mmu: Mmu) -> tuple[set[int], set[int]]:

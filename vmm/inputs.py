@@ -1,0 +1,350 @@
+"""What reaches a machine from outside: all of a run that does not follow from the image and the manifest.
+
+There are two sorts. The guest *reads* a device whose answer comes from the host (``PortRead``); everything else is
+something that the host *does* to the machine at a record: an action of a script, a call of ``Machine``'s methods, the
+decision of a handler. Both pass through ``Inputs``, which tells a listener (the trace sink) of each before it takes
+effect. ``vmm.player`` has a machine take the same inputs from a trace again.
+
+A new kind of input is one class here: its fields are those of its trace line, ``apply`` does it again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+
+import attrs
+from attrs import frozen
+
+from vmm.cpu.events import Event, EventType
+from vmm.ept import Permission
+from vmm.errors import OptionError
+from vmm.exits import Json
+
+if TYPE_CHECKING:
+    from vmm.cpu.context import Context
+    from vmm.devices import Device
+    from vmm.machine import Machine
+
+U64_MAX: Final = 0xFFFF_FFFF_FFFF_FFFF
+_HEX: Final = re.compile(r"(?:[0-9a-f]{2})*", re.ASCII)
+_EVENT_TYPES: Final = {kind.name.lower().replace("_", " "): kind for kind in EventType}
+
+
+@frozen(slots=True)
+class Input:
+    """One input. ``name`` is what its trace line has under ``input``."""
+
+    name: ClassVar[str] = ""
+
+    def to_json(self) -> Json:
+        """The input's name and fields, as its trace line has them."""
+        return {"input": self.name, **{key: _to_json(value) for key, value in _values(self)}}
+
+    def apply(self, machine: Machine) -> None:
+        """Do it again; raises ``OptionError`` where the machine refuses it. Reads and decisions are asked for."""
+
+
+@frozen(slots=True)
+class PortRead(Input):
+    """IN of ``size`` bytes (1, 2, 4) got ``value`` from a device that the host stands behind."""
+
+    name: ClassVar[str] = "port"
+
+    port: int
+    size: int
+    value: int
+
+
+@frozen(slots=True)
+class Decision(Input):
+    """What a handler made of the exit before it: an event in its place; None: it has dealt with the exit."""
+
+    name: ClassVar[str] = "decision"
+
+    event: Event | None
+
+
+@frozen(slots=True)
+class Answer(Input):
+    """The IN at this exit is to read ``value``, whatever its device says."""
+
+    name: ClassVar[str] = "answer"
+
+    value: int
+
+    def apply(self, machine: Machine) -> None:
+        """Answer."""
+        machine.answer(self.value)
+
+
+@frozen(slots=True)
+class Inject(Input):
+    """An event for the next VM entry."""
+
+    name: ClassVar[str] = "inject"
+
+    event: Event
+
+    def apply(self, machine: Machine) -> None:
+        """Inject."""
+        machine.inject(self.event)
+
+
+@frozen(slots=True)
+class Interrupt(Input):
+    """An external interrupt was raised at a vCPU: a ``vector`` of 0 to 255."""
+
+    name: ClassVar[str] = "interrupt"
+
+    vector: int
+    vcpu: int
+
+    def apply(self, machine: Machine) -> None:
+        """Raise it."""
+        machine.interrupt(self.vector, vcpu=self.vcpu)
+
+
+@frozen(slots=True)
+class Write(Input):
+    """The host wrote ``data`` at ``gpa``."""
+
+    name: ClassVar[str] = "write"
+
+    gpa: int
+    data: bytes
+
+    def apply(self, machine: Machine) -> None:
+        """Write."""
+        machine.write(self.gpa, self.data)
+
+
+@frozen(slots=True)
+class Protect(Input):
+    """The host changed what the EPT allows for ``size`` bytes at ``gpa``."""
+
+    name: ClassVar[str] = "protect"
+
+    gpa: int
+    size: int
+    access: Permission
+
+    def apply(self, machine: Machine) -> None:
+        """Protect."""
+        machine.protect(self.gpa, self.size, self.access)
+
+
+@frozen(slots=True)
+class Alias(Input):
+    """The host made ``size`` bytes at ``gpa`` lead to the frames at ``target``."""
+
+    name: ClassVar[str] = "alias"
+
+    gpa: int
+    target: int
+    size: int
+
+    def apply(self, machine: Machine) -> None:
+        """Alias."""
+        machine.alias(self.gpa, self.target, self.size)
+
+
+@frozen(slots=True)
+class Seal(Input):
+    """The host sealed ``size`` bytes at ``gpa``."""
+
+    name: ClassVar[str] = "seal"
+
+    gpa: int
+    size: int
+
+    def apply(self, machine: Machine) -> None:
+        """Seal."""
+        machine.seal(self.gpa, self.size)
+
+
+@frozen(slots=True)
+class Approve(Input):
+    """The host let ``size`` bytes at ``gpa`` be executed, under a W^X policy."""
+
+    name: ClassVar[str] = "approve"
+
+    gpa: int
+    size: int
+
+    def apply(self, machine: Machine) -> None:
+        """Approve."""
+        machine.approve(self.gpa, self.size)
+
+
+@frozen(slots=True)
+class SetRegisters(Input):
+    """A handler or an acting observer left registers of a vCPU with new values, by their names in a state file."""
+
+    name: ClassVar[str] = "registers"
+
+    vcpu: int
+    values: dict[str, int]
+
+    def apply(self, machine: Machine) -> None:
+        """Set them."""
+        if self.vcpu >= len(machine.vcpus):
+            raise OptionError(f"vCPU {self.vcpu}", where="registers", fix="name one that there is")
+        for name, value in self.values.items():
+            machine.vcpus[self.vcpu].context.set_register(name, value)
+
+
+@frozen(slots=True)
+class Stop(Input):
+    """The host ended the run."""
+
+    name: ClassVar[str] = "stop"
+
+    def apply(self, machine: Machine) -> None:
+        """Stop."""
+        machine.stop()
+
+
+KINDS: Final[dict[str, type[Input]]] = {kind.name: kind for kind in Input.__subclasses__()}
+#: Called with each input before it takes effect, and with how many others are being carried out around it.
+Listener = Callable[[Input, int], None]
+#: Answers an IN (port, size) in place of all devices; None: nobody is there.
+PortSource = Callable[[int, int], int | None]
+
+
+class Inputs:
+    """The place that every input of one machine passes."""
+
+    def __init__(self) -> None:
+        self.listener: Listener | None = None
+        #: In a replay, where the values of IN come from.
+        self.source: PortSource | None = None
+        #: The registers that a handler may change: those of each vCPU.
+        self.contexts: list[Context] = []
+        self._depth = 0
+
+    def note(self, given: Input) -> None:
+        """An input is about to take effect."""
+        if self.listener is not None:
+            self.listener(given, self._depth)
+
+    @contextmanager
+    def during(self, given: Input) -> Iterator[None]:
+        """An input takes effect in the ``with`` block, and may cause records, at which others come."""
+        self.note(given)
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    def read(self, port: int, size: int, device: Device | None) -> int | None:
+        """What an IN gets from outside; None if there is neither a device nor a recorded answer."""
+        if self.source is not None:
+            value = self.source(port, size)
+        else:
+            value = None if device is None else device.read(port, size)
+        if value is not None:
+            value &= (1 << 8 * size) - 1
+            self.note(PortRead(port, size, value))
+        return value
+
+    def decided(self, decision: Event | bool) -> None:  # noqa: FBT001 - the value that a handler returned
+        """A handler has decided about the exit that is under way."""
+        self.note(Decision(decision if isinstance(decision, Event) else None))
+
+    def registers(self) -> list[bytes]:
+        """The registers before somebody may change them, for ``registers_after``; empty if nobody wants to know."""
+        return [] if self.listener is None else [context.snapshot() for context in self.contexts]
+
+    def registers_after(self, before: list[bytes]) -> None:
+        """Note which registers were changed since ``registers``."""
+        for vcpu, old in enumerate(before):
+            changed = self.contexts[vcpu].changed_since(old)
+            if changed:
+                self.note(SetRegisters(vcpu, changed))
+
+
+# Trace lines
+
+
+def parse(line: Mapping[str, Any]) -> Input:
+    """The input of a trace line; raises ``ValueError``, with what is wrong, for one that no run could have."""
+    name = line.get("input")
+    kind = KINDS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise ValueError(f"no such input: {str(name)[:40]!a}")
+    return kind(**{field.name: _from_json(field, line) for field in attrs.fields(kind)})
+
+
+def _from_json(field: attrs.Attribute[Any], line: Mapping[str, Any]) -> Any:  # noqa: ANN401 - one of _READERS' types
+    try:
+        return _READERS[str(field.type)](line[field.name])
+    except (KeyError, TypeError, ValueError, AttributeError, OptionError):
+        raise ValueError(f"{line.get('input')} with an unusable {field.name}") from None
+
+
+def _number(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= U64_MAX:
+        raise ValueError(value)
+    return value
+
+
+def _bytes(value: Any) -> bytes:  # noqa: ANN401 - a JSON value
+    if not _HEX.fullmatch(value):
+        raise ValueError(value)
+    return bytes.fromhex(value)
+
+
+def _event(value: Any) -> Event:  # noqa: ANN401 - a JSON value
+    return Event(
+        vector=_number(value["vector"]),
+        type=_EVENT_TYPES[value["type"]],
+        error_code=_optional(_number, value["error_code"]),
+        length=_number(value["length"]),
+        cr2=_optional(_number, value["cr2"]),
+        dr6=_number(value["dr6"]),
+    )
+
+
+def _registers(value: Any) -> dict[str, int]:  # noqa: ANN401 - a JSON value
+    found = {str(name): each for name, each in value.items()}
+    if not all(type(each) is int and 0 <= each < 1 << 128 for each in found.values()):
+        raise ValueError(value)
+    return found
+
+
+T = TypeVar("T")
+
+
+def _optional(read: Callable[[Any], T], value: object) -> T | None:
+    return None if value is None else read(value)
+
+
+_READERS: Final[dict[str, Callable[[Any], Any]]] = {
+    "int": _number,
+    "bytes": _bytes,
+    "Permission": Permission.parse,
+    "Event": _event,
+    "Event | None": lambda value: _optional(_event, value),
+    "dict[str, int]": _registers,
+}
+
+
+def _values(given: Input) -> Iterator[tuple[str, object]]:
+    for field in attrs.fields(type(given)):
+        yield field.name, getattr(given, field.name)
+
+
+def _to_json(value: object) -> object:
+    match value:
+        case bytes():
+            return value.hex()
+        case Permission():
+            return str(value)
+        case Event():
+            words = {**attrs.asdict(value), "vector": int(value.vector)}
+            return {**words, "type": value.type.name.lower().replace("_", " ")}
+    return value

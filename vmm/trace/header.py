@@ -1,0 +1,107 @@
+"""The first line of a trace: what a run depends on besides its inputs (schema "vmm-trace/1", ``docs/formats.md``)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from attrs import frozen
+
+from vmm.exits import Json
+from vmm.guest.fields import U64_MAX
+
+SCHEMA: Final = "vmm-trace/1"
+_SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_PORTS: Final = 1 << 16
+
+
+@frozen(slots=True)
+class Header:
+    """What the run of a trace was: of which image, under which manifest and policy, with which options.
+
+    ``image`` and ``manifest`` are the SHA-256 of the files; ``manifest`` is None for an image without one. ``target``
+    is how the guest was named, ``seed`` what the turns of several vCPUs were drawn from. ``interactive`` is whether
+    anybody could act on the guest, so that each exit was taken at an instruction boundary. ``exact_ports`` are those
+    of a host program's devices that want one.
+    """
+
+    guest: str
+    image: str
+    memory: int
+    policy: Mapping[str, Any]
+    manifest: str | None
+    target: str
+    blocks: bool
+    capacity: int
+    single_step: bool
+    traps: bool
+    seed: int
+    interactive: bool
+    exact_ports: tuple[int, ...]
+
+    def to_json(self) -> Json:
+        """The header's object."""
+        return {
+            "schema": SCHEMA,
+            "guest": self.guest,
+            "image": self.image,
+            "memory": self.memory,
+            "policy": dict(self.policy),
+            "manifest": self.manifest,
+            "target": self.target,
+            "options": {
+                "blocks": self.blocks,
+                "capacity": self.capacity,
+                "single_step": self.single_step,
+                "traps": self.traps,
+            },
+            "seed": self.seed,
+            "interactive": self.interactive,
+            "exact_ports": list(self.exact_ports),
+        }
+
+    @classmethod
+    def parse(cls, line: Json) -> Header:
+        """From the object of a trace's first line; raises ``ValueError`` that says what it lacks."""
+        options = _key(line, "options", dict)
+        exact = _key(line, "exact_ports", list)
+        policy = _key(line, "policy", dict)
+        if not all(type(port) is int and 0 <= port < _PORTS for port in exact):
+            raise ValueError('"exact_ports" that are no ports')
+        return cls(
+            guest=_key(line, "guest", str),
+            image=_digest(line, "image"),
+            memory=_key(line, "memory", int),
+            policy=policy,
+            manifest=None if line.get("manifest", "") is None else _digest(line, "manifest"),
+            target=_key(line, "target", str),
+            blocks=_key(options, "blocks", bool),
+            capacity=_number(options, "capacity", 1),
+            single_step=_key(options, "single_step", bool),
+            traps=_key(options, "traps", bool),
+            seed=_number(line, "seed", 0),
+            interactive=_key(line, "interactive", bool),
+            exact_ports=tuple(exact),
+        )
+
+
+def _key(line: Mapping[str, Any], key: str, kind: type) -> Any:  # noqa: ANN401 - of type ``kind``
+    value = line.get(key)
+    if type(value) is not kind:
+        raise ValueError(f'no usable "{key}"')
+    return value
+
+
+def _number(line: Mapping[str, Any], key: str, least: int) -> int:
+    value: int = _key(line, key, int)
+    if not least <= value <= U64_MAX:
+        raise ValueError(f'no usable "{key}"')
+    return value
+
+
+def _digest(line: Mapping[str, Any], key: str) -> str:
+    value: str = _key(line, key, str)
+    if not _SHA256.fullmatch(value):
+        raise ValueError(f'no usable "{key}"')
+    return value
