@@ -25,9 +25,11 @@ class Shadow:
         if isinstance(record, FrameEvent) and record.before == "data":
             self.pages[record.gpa] = bytearray(self._machine.read(record.gpa, PAGE))
         elif isinstance(record, Modification):
-            if self._bytes(record.gpa, len(record.old)) != record.old:
+            if any(before != byte for before, byte in zip(self._shadows_of(record), record.old, strict=True)):
                 self.surprises.append(record)
-            self._change(record.gpa, record.new)
+            for index, byte in enumerate(record.new):
+                if (page := self._page(record.gpa + index)) is not None:
+                    page[(record.gpa + index) % PAGE] = byte
 
     def differences(self) -> list[int]:
         """The frames whose shadow is not what memory holds; those with an open window have not been journaled yet."""
@@ -37,15 +39,13 @@ class Shadow:
             if self._machine.frames.at(gpa).state is FrameState.CODE and page != self._machine.read(gpa, PAGE)
         ]
 
-    def _bytes(self, gpa: int, size: int) -> bytes:
-        return b"".join(
-            bytes(self._page(where)[where % PAGE : where % PAGE + 1]) for where in range(gpa, gpa + size)
-        )
+    def _shadows_of(self, record: Modification) -> list[int]:
+        """What the shadow has where a modification is; of a store over the end of a code frame the rest is believed."""
+        pages = [self._page(record.gpa + index) for index in range(len(record.old))]
+        return [
+            record.old[index] if page is None else page[(record.gpa + index) % PAGE]
+            for index, page in enumerate(pages)
+        ]
 
-    def _change(self, gpa: int, data: bytes) -> None:
-        for index, byte in enumerate(data):
-            self._page(gpa + index)[(gpa + index) % PAGE] = byte
-
-    def _page(self, gpa: int) -> bytearray:
-        """The shadow of a byte's frame; what a store over the end of a code frame changes in data is not followed."""
-        return self.pages.get(gpa & -PAGE) or bytearray(self._machine.read(gpa & -PAGE, PAGE))
+    def _page(self, gpa: int) -> bytearray | None:
+        return self.pages.get(gpa & -PAGE)
