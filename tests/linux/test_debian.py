@@ -104,7 +104,7 @@ def test_a_shell_answers_and_the_machine_halts(booted):
 def test_the_journal_accounts_for_every_byte_of_code(booted):
     assert booted.shadow.surprises == []
     assert booted.shadow.differences() == []
-    assert len(booted.shadow.pages) > 2000
+    assert len(booted.shadow.pages) > 1000
 
 
 def test_no_frame_is_ever_writable_and_executable(booted):
