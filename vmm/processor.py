@@ -191,12 +191,16 @@ class Processor:
             case Stop.HALT:
                 self._halt()
             case Stop.EXACT:
-                if self.state.ending is None:
-                    self._answer(self._step())
+                self._execute()
             case Stop.ASKED:
                 self.blocks.trim()
                 if self._stepped_block[0]:
                     self._answer(self._step_block())
+
+    def _execute(self) -> None:
+        """Step the instruction that wants a boundary before it, unless somebody has ended the run there."""
+        if self.state.ending is None:
+            self._answer(self._step())
 
     def _refused(self) -> None:
         """A TLB fill was refused: by the guest's page tables, or by the EPT."""
