@@ -14,13 +14,15 @@ from vmm.cpu.context import Context
 from vmm.cpu.engine import FETCH, READ, WRITE, Engine, R, W, X
 from vmm.cpu.free import FreeRunningEngine
 from vmm.decode import MAX_LENGTH, decode, operand_address
-from vmm.ept import CLEAN, MISCONFIGURED, ExtendedPageTables
+from vmm.ept import CLEAN, HELD, MISCONFIGURED, ExtendedPageTables
 from vmm.ept.bits import USER_EXECUTE
 from vmm.ept.qualification import advanced
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames
 from vmm.mmu.refusals import (
     GuestFault,
+    LogFull,
+    LogIsFull,
     Misconfiguration,
     NonCanonical,
     PagingStructureViolation,
@@ -49,6 +51,8 @@ Fill = Callable[[int, int], int]
 
 _ACCESS: Final = {READ: Access.READ, WRITE: Access.WRITE, FETCH: Access.FETCH}
 _NEEDED: Final = {READ: R, WRITE: W, FETCH: X}
+#: What a leaf says of flags of the EPT that an access may have to set.
+_FLAGS_TO_SET: Final = CLEAN | HELD
 
 
 class FetchSide(Protocol):
@@ -119,8 +123,10 @@ class Mmu:
                     return 0
                 if access == READ:
                     return leaf & (LEAF_ADDRESS | R)  # the first store comes here, too
-            if leaf & CLEAN:
-                leaf = self.used(translation.gpa, access, leaf)
+            if leaf & _FLAGS_TO_SET:
+                leaf = self.used(page, access, translation.gpa, leaf)
+                if not leaf:
+                    return 0
             if access == FETCH:
                 self.fetched(page, leaf & LEAF_ADDRESS)
                 return leaf & (LEAF_ADDRESS | R * translation.readable) | X
@@ -162,11 +168,15 @@ class Mmu:
                 )
         return True
 
-    def used(self, gpa: int, access: int, leaf: int) -> int:
+    def used(self, page: int, access: int, gpa: int, leaf: int) -> int:
         """The leaf for the engine of a page whose EPT dirty flag is clear: a write sets it, all else must not hide one.
 
-        The engine's TLB hides what follows, so W is withheld until the first write.
+        The engine's TLB hides what follows, so W is withheld until the first write. 0 with ``refusal`` set if a flag
+        cannot be set, because the page-modification log is full.
         """
+        if leaf & HELD or (access == WRITE and self._ept.is_log_full):
+            self.refusal = LogFull(page, access)
+            return 0
         return self._ept.dirty(gpa) if access == WRITE else leaf & ~W
 
     def is_unjudged(self, control: Control, page: int, access: int, gpa: int, leaf: int) -> bool:
@@ -347,6 +357,8 @@ class Mmu:
                 walk(self.structures, self.current_mode(), context.cr3, page, access, user=context.cpl == 3)
             except PageFault:
                 continue
+            except LogIsFull:
+                return  # the guest's own walk will come to that
             return
 
     def fetch_host(self, gva: int) -> int | None:
