@@ -191,6 +191,12 @@ def test_q33_ins_and_outs_call_once_an_element_and_fault_before_the_device_is_to
     assert (b.pc, b["rcx"]) == (CODE, 3)
 
 
+def stop_until(b: Bare, over: threading.Event) -> None:
+    """Ask the engine to stop until it has: a request before it starts is lost."""
+    while not over.wait(0.002):
+        b.uc.emu_stop()
+
+
 def test_q34_a_stop_from_another_thread_replays_read_modify_writes() -> None:
     """Statistical: each stop has a large chance; that none of 40 shows it is out of the question."""
     replayed = 0
@@ -198,10 +204,12 @@ def test_q34_a_stop_from_another_thread_replays_read_modify_writes() -> None:
         b = Bare()
         b.put(CODE, "l: inc qword ptr [rdi]; inc rcx; cmp rcx, rdx; jb l; hlt")
         b["rdi"], b["rdx"] = DATA, 1 << 40
-        timer = threading.Timer(0.002, b.uc.emu_stop)
-        timer.start()
+        over = threading.Event()
+        stopper = threading.Thread(target=stop_until, args=(b, over))
+        stopper.start()
         b.run()
-        timer.join()
+        over.set()
+        stopper.join()
         at_loop = b.pc == CODE
         memory = int.from_bytes(b.ram[DATA : DATA + 8], "little")
         replayed += at_loop and memory == b["rcx"] + 1  # stored, but RIP is still at the INC
