@@ -17,7 +17,7 @@ from vmm.cpu.syscall import syscall
 from vmm.decode import Decoded
 from vmm.exits import ExitReason
 from vmm.memory import PAGE
-from vmm.mmu import GuestFault, Misconfiguration, NonCanonical, Unjudged, UnmappedStructure, Violation
+from vmm.mmu import GuestFault, Misconfiguration, NonCanonical, Unjudged, UnmappedStructure, Violation, Watched
 from vmm.paging.access import ErrorCode
 from vmm.reporter import Reporter
 from vmm.run_state import RunState
@@ -176,6 +176,8 @@ class Processor:
         refusal = self.vcpu.mmu.refusal
         match refusal:
             case (Violation() | Unjudged()) if self._is_early_use(refusal.page, refusal.access):
+                self._answer(self._step())
+            case Watched():
                 self._answer(self._step())
             case Unjudged():
                 self._answer(self.trap.answer_use(refusal))

@@ -14,6 +14,7 @@ from vmm.mmu.refusals import (
     Unjudged,
     UnmappedStructure,
     Violation,
+    Watched,
 )
 from vmm.mmu.step import StepMemory
 from vmm.mmu.translation import FetchSide, Mmu
@@ -30,4 +31,5 @@ __all__ = [
     "Unjudged",
     "UnmappedStructure",
     "Violation",
+    "Watched",
 ]

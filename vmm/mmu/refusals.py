@@ -82,7 +82,12 @@ class Unjudged:
     host: int
 
 
-Refusal = GuestFault | NonCanonical | Violation | Misconfiguration | Unjudged
+@define(slots=True, eq=False)
+class Watched:
+    """Everything allows the access, but somebody monitors bytes of the frame: the instruction has to be stepped."""
+
+
+Refusal = GuestFault | NonCanonical | Violation | Misconfiguration | Unjudged | Watched
 
 
 class PagingStructureViolation(Exception):  # noqa: N818 - a guest-physical fault on its way out of a walk

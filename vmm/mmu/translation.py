@@ -27,6 +27,7 @@ from vmm.mmu.refusals import (
     Refusal,
     Unjudged,
     Violation,
+    Watched,
 )
 from vmm.mmu.structures import NO_WRITER, GuestStructures
 from vmm.paging import Access, PageFault, PagingMode, Translation, entries, is_canonical, walk
@@ -76,6 +77,10 @@ class Mmu:
         self.refusal: Refusal | None = None
         #: Whether a W^X policy has to see each use of a permission to write or fetch before it is granted.
         self.judges = False
+        #: Of each host page with monitored bytes: the permissions (R, W) that the free-running engine never gets.
+        self.withheld: dict[int, int] = {}
+        #: Host pages with bytes where somebody is asked before an access.
+        self.announced: set[int] = set()
         #: None where fetches reach what loads and stores reach, as on a coherent processor.
         self.fetch_side: FetchSide | None = None
         #: The guest's page tables, for its walks.
@@ -114,7 +119,12 @@ class Mmu:
                 if self.is_unjudged(state, page, access, translation.gpa, leaf):
                     return 0
                 if access == READ:
-                    return leaf & (LEAF_ADDRESS | R)  # the first store comes here, too
+                    leaf &= ~W  # the first store comes here, too
+            if self.withheld and leaf & LEAF_ADDRESS in self.withheld:
+                leaf &= ~self.withheld[leaf & LEAF_ADDRESS]
+                if access != FETCH and not leaf & _NEEDED[access]:
+                    self.refusal = Watched()
+                    return 0
             if leaf & CLEAN:
                 leaf = self.used(translation.gpa, access, leaf)
             if access == FETCH:
