@@ -469,6 +469,9 @@ class Machine:
             for vcpu in self.vcpus:
                 vcpu.mmu.fix_tables(state.cr3, mappings)
 
+        for gva, patch in self.guest.hidden:
+            self.patch_hidden(self.physical(gva), patch)
+
     @property
     def _current(self) -> VirtualCpu:
         """The vCPU at work."""

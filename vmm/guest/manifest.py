@@ -36,6 +36,7 @@ from vmm.devices.workpiece import PORTS
 from vmm.errors import ManifestError
 from vmm.guest.fields import PAGE, U16_MAX, U32_MAX, U64_MAX, Table, is_canonical
 from vmm.guest.files import one_line, read_file
+from vmm.guest.hidden import HiddenSpec, hidden_of
 from vmm.guest.inputs import ClockSpec, InputSpec, clock_of, input_of
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ _FLAWS_LIMIT: Final = 1024
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
     *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "end", "limits"),
-    *("console", "input", "clock", "ipi", "workpiece"),
+    *("console", "input", "clock", "ipi", "workpiece", "hidden"),
 )
 
 
@@ -242,6 +243,7 @@ class Manifest:
     ipi: Ipi = Ipi()
     workpiece: WorkpieceSpec | None = None
     wrong_of: str = ""
+    hidden: tuple[HiddenSpec, ...] = ()
 
     @property
     def has_page_tables(self) -> bool:
@@ -300,6 +302,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
     ipi = _ipi(top.table("ipi", ("port",)), end, console)
     workpiece = _workpiece(top, (end.port, console.port)) if "workpiece" in top else None
     taken = _taken(end, console, ipi, workpiece)
+    policy = _policy(top.table("policy", _POLICY_KEYS), machine, image, paging)
     return Manifest(
         path=path,
         name=top.string("name", longest=_NAME_LENGTH),
@@ -308,7 +311,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
         machine=machine,
         cpu=cpu,
         paging=paging,
-        policy=_policy(top.table("policy", _POLICY_KEYS), machine, image, paging),
+        policy=policy,
         console=console,
         input=input_of(top, path.parent, taken),
         clock=clock_of(top, taken),
@@ -319,6 +322,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
         ipi=ipi,
         workpiece=workpiece,
         wrong_of=_wrong_of(top),
+        hidden=hidden_of(top, mode=machine.mode, coherence=policy.coherence),
     )
 
 
