@@ -9,6 +9,7 @@ from typing import Final, Self
 from vmm.block_events import BlockEvents, reporting
 from vmm.coherence import Coherence, FetchSides, FetchView, Sanitizer
 from vmm.cpu.events import Event, EventType
+from vmm.cpu.features import pc_cpuid
 from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Workpiece
 from vmm.devices.from_manifest import attach_inputs
 from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
@@ -28,6 +29,7 @@ from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames, FrameState
 from vmm.monitors import HiddenPatch, Monitor
 from vmm.monitors.monitor import After, Before, Condition
+from vmm.pc import Pc
 from vmm.processor import Processor
 from vmm.reporter import E, Handler, Observer, Reporter
 from vmm.run_loop import RunLoop
@@ -55,7 +57,7 @@ class Machine:
         self.options: Final = options or RunOptions()
         guest = with_policy(guest, self.options)
         self.guest: Final = guest
-        state = boot.build(guest)
+        state = guest.boot or boot.build(guest)
         self.inputs: Final = Inputs()
         self.reporter: Final = Reporter(guest.manifest.limits.exits, self.inputs)
         self.ports: Final = PortBus(self.inputs)
@@ -113,6 +115,8 @@ class Machine:
             )
         self.console: Final = ConsolePort(self._print)
         self._printers: list[Callable[[bytes], None]] = []
+        #: The devices of a PC; None where the guest has nothing but a few ports.
+        self.pc: Final = self._make_pc() if guest.is_pc else None
         self._attach_devices()
         self._load(state)
 
@@ -171,6 +175,8 @@ class Machine:
         self.inputs.note(Stop())
         self.reporter.stopped = True
         self.state.finish("stopped", {})
+        if self.pc is not None:
+            self.pc.come_out()
 
     def break_in(self) -> None:
         """End the run from another thread or a signal handler, at once; the machine cannot go on afterwards."""
@@ -385,6 +391,7 @@ class Machine:
             exits,
             number=number,
             hears_entries=self.options.audit or self._several or self.sanitizer is not None,
+            counts_entries=self.guest.is_pc,
             view=None if self.sanitizer is None else FetchView(self.sanitizer, number),
         )
         vcpu.pace.counts = self._several or self.sanitizer is not None
@@ -427,11 +434,23 @@ class Machine:
             processor.vcpu, self.memory, self.blocks, processor.step_over, audit=self.options.audit
         )
 
+    def _make_pc(self) -> Pc:
+        """A PC's board for the first vCPU, whose time is the machine's."""
+        processor = self.loop.processors[0]
+        countdown = processor.vcpu.free.countdown
+        assert countdown is not None
+        pc = Pc(self.reporter, countdown, self.console.emit, lambda: self.state.finish("reset", {}))
+        processor.board = pc
+        self._exits[0].clock, self._exits[0].features = pc.now, pc_cpuid
+        return pc
+
     def _raise_interrupt(self, vector: int, vcpu: int) -> None:
         self.loop.processors[vcpu].interrupts.add(vector)
 
     def _attach_devices(self) -> None:
         manifest = self.guest.manifest
+        if self.pc is not None:
+            self.pc.attach(self.ports)
         self.ports.attach(self.console, manifest.console.port, inside=True)
         if manifest.end.port is not None:
             ended = DebugExit(lambda port, value: self.state.finish("port", {"port": port, "value": value}))
@@ -491,7 +510,10 @@ class Machine:
 
     def _stop_engines(self) -> None:
         for vcpu in self.vcpus:
-            vcpu.free.ask_to_stop()
+            if vcpu.free.countdown is not None:
+                vcpu.free.countdown.hurry()
+            else:
+                vcpu.free.ask_to_stop()
 
     def _print(self, data: bytes) -> None:
         for printer in self._printers:

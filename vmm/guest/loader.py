@@ -11,6 +11,7 @@ from attrs import frozen
 
 import vmm
 from vmm.errors import ImageError, InputError, ManifestError
+from vmm.guest.boot import BootState
 from vmm.guest.fields import PAGE, U64_MAX, is_canonical
 from vmm.guest.files import one_line, read_head, shown
 from vmm.guest.image import ELF_MAGIC, LoadedImage, Segment, load_elf, load_image
@@ -46,6 +47,10 @@ class Guest:
     image: LoadedImage
     entry: int
     other_entries: tuple[int, ...] = ()
+    #: The initial machine of a guest that says itself what it is to be; None: what follows from the manifest.
+    boot: BootState | None = None
+    #: Whether the devices of a PC are around it.
+    is_pc: bool = False
     hidden: tuple[tuple[int, bytes], ...] = ()
 
     @property
@@ -145,7 +150,7 @@ def _from_manifest(manifest: Manifest) -> Guest:
     image = load_image(manifest.image, manifest.machine.memory)
     first, *others = (_entry(manifest, image, number) for number in range(len(manifest.cpus)))
     hidden = tuple(spec.resolve(image.symbols) for spec in manifest.hidden)
-    guest = Guest(manifest, image, first, tuple(others), hidden)
+    guest = Guest(manifest, image, first, tuple(others), hidden=hidden)
     for number, cpu in enumerate(manifest.cpus):
         _check_entry(guest, number)
         _check_reachable(guest, number, "idt", cpu.idt)

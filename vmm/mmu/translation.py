@@ -30,6 +30,7 @@ from vmm.mmu.refusals import (
     Watched,
 )
 from vmm.mmu.structures import NO_WRITER, GuestStructures
+from vmm.mmu.walk_cache import WalkCache
 from vmm.paging import Access, PageFault, PagingMode, Translation, entries, is_canonical, walk
 from vmm.paging.mode import CR0_PG
 
@@ -100,6 +101,9 @@ class Mmu:
         self._fixed: list[tuple[int, int, int]] = []
         self._fixed_pages: dict[int, list[int]] = {}
         self._fixed_walks: dict[tuple[int, int, bool], Translation] = {}
+        self._walks: Final = WalkCache(memory, ept)
+        #: Whether the paging mode has entries that walks can be remembered by.
+        self._caches_walks = False
         self._mode_of: tuple[int, int, int] = (0, 0, 0)
         self._mode = PagingMode.of(0, 0, 0)
 
@@ -200,18 +204,27 @@ class Mmu:
         cr0, cr3, cr4, efer, user = control
         if self._mode_of != (cr0, cr4, efer):
             self._select_mode(cr0, cr4, efer)
-        root = cr3 & LEAF_ADDRESS
-        fixed = root == self._fixed_root
-        if fixed:
+        if cr3 & LEAF_ADDRESS == self._fixed_root:
             known = self._fixed_walks.get((page, access, user))
             if known is not None:
                 return known, self._ept.translate(known.gpa)
-        mode = self._mode
+        if self._caches_walks:
+            known = self._walks.find((cr3, page, access, user))
+            if known is not None:
+                return known, self._ept.translate(known.gpa)
+        return self._walk(cr3, page, access, engine, user=user)
+
+    def _walk(
+        self, cr3: int, page: int, access: int, engine: Engine, *, user: bool
+    ) -> tuple[Translation, int] | None:
+        """Both stages for a fill that nothing is remembered of; as ``translate``."""
+        mode, root = self._mode, cr3 & LEAF_ADDRESS
         if mode.levels > 3 and not is_canonical(page, mode.levels == 5):
             self.refusal = NonCanonical(page, access)
             return None
+        trail: list[tuple[int, int]] = []
         try:
-            translation = walk(self.structures, mode, cr3, page, _ACCESS[access], user=user)
+            translation = walk(self.structures, mode, cr3, page, _ACCESS[access], user=user, trail=trail)
         except PageFault as fault:
             if not (user and fault.error_code & 1 and self._is_system_access(engine, page, access)):
                 self.refusal = GuestFault(page, access, fault.error_code)
@@ -221,16 +234,20 @@ class Mmu:
             self.refusal = violation.refusal(page, access)
             return None
         leaf = self._ept.translate(translation.gpa)
-        if fixed:
+        if root == self._fixed_root:
             self._fixed_walks[page, access, user] = translation
         elif leaf and leaf != MISCONFIGURED:
             self._frames.at(leaf).learn(root, page)
+            if trail and self._caches_walks:
+                self._walks.keep((cr3, page, access, user), translation, trail)
         return translation, leaf
 
     def _select_mode(self, cr0: int, cr4: int, efer: int) -> None:
         self._mode_of = (cr0, cr4, efer)
         self._mode = PagingMode.of(cr0, cr4, efer)
         self._fixed_walks.clear()
+        self._walks.clear()
+        self._caches_walks = self._mode.levels > 3
 
     def current_mode(self) -> PagingMode:
         """The paging mode that the saved state selects."""
