@@ -88,8 +88,10 @@ class HostMonitors:
                 raise OptionError(f"GPA {where:#x} is sealed", where="patch_hidden", fix="sealed code is final")
         pieces = tuple((hpa, data[where - gpa : where - gpa + length]) for hpa, where, length in places)
         patch = HiddenPatch(gpa, data, pieces, len(self.patches), forget=self._reveal)
+        hidden = self._split()
+        hidden.require_room(patch)
         with machine.inputs.during(Hide(gpa, data)):
-            self._split().add(patch)
+            hidden.add(patch)
             self.patches.append(patch)
         return patch
 

@@ -1,8 +1,8 @@
 """Hidden patches: executed, never read; the guest's own changes take their course beside them."""
 
 import pytest
+from tiny import CODE, DATA, END, PAGE, STRICT, assemble, build, map_page
 
-from tests.tiny import CODE, DATA, END, PAGE, STRICT, assemble, build, map_page
 from vmm.coherence import Coherence
 from vmm.errors import OptionError
 from vmm.guest.manifest import Policy

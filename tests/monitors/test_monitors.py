@@ -1,8 +1,8 @@
 """Monitors see exactly the accesses to their bytes, before and after, and change nothing that the guest could tell."""
 
 import pytest
+from tiny import CODE, DATA, END, PAGE, STACK, STRICT, Tiny, assemble, build, map_page
 
-from tests.tiny import CODE, DATA, END, PAGE, STACK, STRICT, Tiny, assemble, build, map_page
 from vmm.coherence import Coherence
 from vmm.cpu.events import Event, EventType, Vector
 from vmm.errors import OptionError

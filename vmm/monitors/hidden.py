@@ -108,14 +108,17 @@ class HiddenPatches:
 
     # What the host does
 
-    def add(self, patch: HiddenPatch) -> None:
-        """Execute a patch from now on, on top of those before it; raises ``OptionError`` if there is no room for it."""
-        pages = [hpa & -PAGE for hpa, _ in patch.pieces]
-        new = [page for page in pages if page not in self._split]
+    def require_room(self, patch: HiddenPatch) -> None:
+        """Raise ``OptionError`` if there is no room for a patch."""
+        new = {hpa & -PAGE for hpa, _ in patch.pieces} - self._split.keys()
         if len(new) > self._memory.spare_pages:
             what = f"no room for {len(new)} more frames with hidden patches"
             raise OptionError(what, where="patch_hidden", fix="remove one first: 64 frames can have them at a time")
-        for page in new:
+
+    def add(self, patch: HiddenPatch) -> None:
+        """Execute a patch from now on, on top of those before it."""
+        pages = [hpa & -PAGE for hpa, _ in patch.pieces]
+        for page in dict.fromkeys(page for page in pages if page not in self._split):
             self._split[page] = self._memory.take_spare(page)
             self._memory.write(self._split[page], self._memory.read(page, PAGE))
             self._blocks.evict(page, PAGE, _CAUSE)
