@@ -210,6 +210,19 @@ class Reveal(Input):
 
 
 @frozen(slots=True)
+class DrainLog(Input):
+    """The host emptied the page-modification log, and if ``clean`` cleared the dirty flags of the pages in it."""
+
+    name: ClassVar[str] = "drain"
+
+    clean: bool
+
+    def apply(self, machine: Machine) -> None:
+        """Empty it."""
+        machine.drain_log(clean=self.clean)
+
+
+@frozen(slots=True)
 class SetRegisters(Input):
     """A handler or an acting observer left registers of a vCPU with new values, by their names in a state file."""
 
@@ -340,6 +353,12 @@ def _number(value: object) -> int:
     return value
 
 
+def _boolean(value: object) -> bool:
+    if type(value) is not bool:
+        raise ValueError(value)
+    return value
+
+
 def _bytes(value: Any) -> bytes:  # noqa: ANN401 - a JSON value
     if not _HEX.fullmatch(value):
         raise ValueError(value)
@@ -373,6 +392,7 @@ def _optional(read: Callable[[Any], T], value: object) -> T | None:
 
 _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "int": _number,
+    "bool": _boolean,
     "bytes": _bytes,
     "Permission": Permission.parse,
     "Event": _event,

@@ -22,7 +22,7 @@ from vmm.guest.loader import Guest, load_guest
 from vmm.guest.manifest import WorkpieceSpec
 from vmm.host_memory import HostMemory
 from vmm.host_monitors import HostMonitors
-from vmm.inputs import Answer, Inject, Inputs, Interrupt, Stop
+from vmm.inputs import Answer, DrainLog, Inject, Inputs, Interrupt, Stop
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
@@ -40,6 +40,7 @@ from vmm.translation import BlockCache
 from vmm.trap.door import Door
 from vmm.trap.frames import RW, RWX, FrameControl, verify_frame
 from vmm.trap.guard import StepGuard
+from vmm.trap.log import LogKeeper
 from vmm.trap.policy import Trap, TrapPolicy
 from vmm.trap.refusal import Refusals
 from vmm.vcpu import VirtualCpu, verify_engine
@@ -68,7 +69,7 @@ class Machine:
         twins = 0 if model is Coherence.COHERENT else len(state.cpus)
         self.memory: Final = GuestMemory(state.memory + len(state.system.data), twins=twins)
         self.frames: Final = Frames(state.memory, state.system.gpa)
-        self.ept: Final = ExtendedPageTables(self.options.ept, host_size=self.memory.size)
+        self.ept: Final = ExtendedPageTables(self.options.ept or guest.manifest.ept, host_size=self.memory.size)
         self.blocks: Final = BlockCache(self._forget, capacity=self.options.capacity)
         self.door: Final = Door(self.memory, self.frames, self.blocks, self.reporter)
         self._several = len(state.cpus) > 1
@@ -106,6 +107,7 @@ class Machine:
         )
         #: How the run ended, once it has.
         self.end: End | None = None
+        self._log: Final = self._keep_log()
         self._events: Final = [self._hear(processor) for processor in self.loop.processors]
         #: Monitors and hidden patches (see ``monitor``, ``hook`` and ``patch_hidden``).
         self.monitors: Final = HostMonitors(self, self._events, self._flush, self._forget_fetches)
@@ -288,6 +290,19 @@ class Machine:
         """
         self.host_memory.seal(gpa, size)
 
+    def drain_log(self, *, clean: bool = False) -> tuple[int, ...]:
+        """Empty the page-modification log: the GPAs of the pages that the guest has written, in order (29.3.6).
+
+        Each page was logged when its dirty flag was set, hence once. With ``clean`` the flags of these pages are
+        cleared, so that the next write to one is logged again. Raises ``OptionError`` where nothing is logged: it
+        takes an EPT profile with ``page_modification_log`` and ``accessed_dirty``.
+        """
+        if self._log is None:
+            fix = "give a profile with page_modification_log and accessed_dirty"
+            raise OptionError("nothing is logged", where="page-modification log", fix=fix)
+        with self.inputs.during(DrainLog(clean)):
+            return self._log.drain(clean=clean)
+
     def invept(self) -> None:
         """Forget every cached translation, as INVEPT does: what a change of entries in ``ept`` itself asks for.
 
@@ -433,6 +448,14 @@ class Machine:
         return BlockEvents(
             processor.vcpu, self.memory, self.blocks, processor.step_over, audit=self.options.audit
         )
+
+    def _keep_log(self) -> LogKeeper | None:
+        if self.ept.log is None:
+            return None
+        keeper = LogKeeper(self.ept.log, self.ept, self.reporter, self._flush)
+        for processor in self.loop.processors:
+            processor.log = keeper
+        return keeper
 
     def _make_pc(self) -> Pc:
         """A PC's board for the first vCPU, whose time is the machine's."""

@@ -18,11 +18,22 @@ from vmm.cpu.syscall import syscall
 from vmm.decode import Decoded
 from vmm.exits import ExitReason
 from vmm.memory import PAGE
-from vmm.mmu import GuestFault, Misconfiguration, NonCanonical, Unjudged, UnmappedStructure, Violation, Watched
+from vmm.mmu import (
+    GuestFault,
+    LogFull,
+    LogIsFull,
+    Misconfiguration,
+    NonCanonical,
+    Unjudged,
+    UnmappedStructure,
+    Violation,
+    Watched,
+)
 from vmm.paging.access import ErrorCode
 from vmm.reporter import Reporter
 from vmm.run_state import RunState
 from vmm.translation import BlockCache, Span
+from vmm.trap.log import LogKeeper
 from vmm.trap.policy import DeniedAbove, Trap, UnmappedAccess
 from vmm.trap.refusal import RunEnded
 from vmm.vcpu import VirtualCpu
@@ -52,6 +63,8 @@ class Processor:
     interrupts: set[int] = field(factory=set)
     #: The devices around it; None for a processor that has nothing but ports.
     board: Board | None = None
+    #: Reads the page-modification log; None without one.
+    log: LogKeeper | None = None
     #: Whether it waits at a HLT.
     halted: bool = False
     _stepped_block: tuple[tuple[Span, ...], str] = ((), "")
@@ -206,9 +219,7 @@ class Processor:
         """A TLB fill was refused: by the guest's page tables, or by the EPT."""
         refusal = self.vcpu.mmu.refusal
         match refusal:
-            case (Violation() | Unjudged()) if self._is_early_use(refusal.page, refusal.access):
-                self._answer(self._step())
-            case Watched():
+            case (Violation() | Unjudged() | Watched()) if self._is_stepped_first(refusal):
                 self._answer(self._step())
             case Unjudged():
                 self._answer(self.trap.answer_use(refusal))
@@ -217,7 +228,7 @@ class Processor:
                     self._answer(self.trap.answer(refusal))
                 except UnmappedAccess as problem:
                     self._unmapped(problem)
-            case (GuestFault() | NonCanonical()) if self._is_early(refusal.page, refusal.access):
+            case (GuestFault() | NonCanonical() | LogFull()) if self._is_early(refusal.page, refusal.access):
                 self._answer(self._step())
             case (GuestFault() | NonCanonical()) if refusal.access != FETCH and self._is_undefined():
                 self._raise(_UNDEFINED)
@@ -229,6 +240,8 @@ class Processor:
                 self._raise(Event(vector, EventType.HARDWARE_EXCEPTION, 0))
             case Misconfiguration():
                 self._misconfigured(refusal)
+            case LogFull():
+                self._log_full()
             case None:
                 raise AssertionError("a fill was refused without a reason")
 
@@ -244,9 +257,11 @@ class Processor:
         """Whether the current instruction is none: the engine loads an operand before it finds out."""
         return not self.vcpu.instruction.decoded.length
 
-    def _is_early_use(self, page: int, access: int) -> bool:
-        """Whether it is too early for the W^X policy to judge a fetch."""
-        return self.trap.refusals.keeps_wx and self._is_early(page, access)
+    def _is_stepped_first(self, refusal: Violation | Unjudged | Watched) -> bool:
+        """Whether to see what a step makes of it: it is monitored, or too early for the W^X policy to judge a fetch."""
+        if isinstance(refusal, Watched):
+            return True
+        return self.trap.refusals.keeps_wx and self._is_early(refusal.page, refusal.access)
 
     def _is_early(self, page: int, access: int) -> bool:
         """Whether a fetch fault may come too early (quirk "early-fetch").
@@ -290,6 +305,10 @@ class Processor:
             return
         except UnmappedStructure as problem:
             self.state.finish("unmapped memory", {"gpa": problem.gpa, "gva": problem.linear})
+            return
+        except LogIsFull:
+            self._log_full()
+            self.pending.appendleft(event)
             return
         context.end_shadow()
         if self.reporter.observed:
@@ -341,6 +360,11 @@ class Processor:
                 pass
         if self.ready or self.state.is_over:
             self.halted = False
+
+    def _log_full(self) -> None:
+        """An access needs room in the page-modification log; it is tried again afterwards."""
+        if self.log is not None:
+            self.log.full(self.vcpu.context.pc)
 
     def _misconfigured(self, refusal: Misconfiguration) -> None:
         """The host has set up the EPT wrongly; only a handler can mend that."""

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import time
 import pc_guests
 import pytest
 from pc_guests import MASTER, prologue
+from test_cli_process import wait_until_it_runs
 
 from vmm.guest.linux import load_linux
 
@@ -139,6 +141,24 @@ def test_the_kernel_finds_what_the_boot_protocol_promises(tmp_path):
     assert word(0x218) + 7000 <= 64 << 20
     assert (zero[0x210], zero[0x211] & 1, zero[0x1E8]) == (0xFF, 1, 3)
     assert guest.entry == pc_guests.ENTRY
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["spin: jmp spin", "spin: mov dx, 0x3fd; in al, dx; jmp spin", "spin: mov eax, [rip + 0x100]; sti; hlt; jmp spin"],
+    ids=["no exits", "many exits", "asleep"],
+)
+def test_a_signal_ends_a_boot_at_a_boundary_and_leaves_whole_files(process, tmp_path, source):
+    timer = pc_guests.timer(1000) if "hlt" in source else ""
+    source = f"{prologue(MASTER)} {timer} {source}; handler: mov al, 0x20; out 0x20, al; iretq"
+    out = tmp_path / "out"
+    out.mkdir()
+    child = process("boot", "--kernel", kernel(tmp_path, source), "-q", "--trace", out / "trace")
+    wait_until_it_runs(child, out)
+    child.send_signal(signal.SIGINT)
+    _, complaint = child.communicate(timeout=20)
+    assert (child.returncode, b"interrupted" in complaint) == (130, True)
+    assert json.loads((out / "trace").read_text().splitlines()[-1])["reason"] == "interrupted"
 
 
 class Session:

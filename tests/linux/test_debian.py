@@ -19,7 +19,7 @@ from vmm.commands.typist import Typist
 from vmm.exits import End, ExitReason, Record
 from vmm.guest.kallsyms import find_kallsyms
 from vmm.guest.linux import load_linux
-from vmm.machine import Machine
+from vmm.machine import Machine, RunOptions
 from vmm.memory.frames import FrameState
 from vmm.trace.sink import line
 
@@ -63,8 +63,8 @@ class Boot:
         return self.trace.hexdigest(), memory, self.console, self.machine.pc.now()
 
 
-def boot(kernel: Path, initrd: Path, append: str = APPEND) -> Boot:
-    machine = Machine(load_linux(kernel, initrd=initrd, command_line=append, seconds=1200.0))
+def boot(kernel: Path, initrd: Path, options: RunOptions | None = None) -> Boot:
+    machine = Machine(load_linux(kernel, initrd=initrd, command_line=APPEND, seconds=1200.0), options)
     made = Boot(machine, Shadow(machine))
     machine.observe(made.record)
     Typist(COMMANDS, b"# ").connect(machine)
@@ -130,11 +130,11 @@ def test_two_boots_are_the_same_to_the_byte(booted, files):
     assert again.digest() == booted.digest()
 
 
-def test_a_vmlinux_boots_as_well(files, tmp_path):
+def test_a_vmlinux_boots_as_well_and_no_transition_breaks_a_rule(files, tmp_path):
     kernel, initrd = files
     unpacked = tmp_path / "vmlinux"
     unpacked.write_bytes(debian.vmlinux(kernel.read_bytes()))
-    made = boot(unpacked, initrd)
+    made = boot(unpacked, initrd, RunOptions(check=True))
     answers(made)
     assert made.shadow.surprises == made.shadow.differences() == []
 

@@ -5,6 +5,7 @@ from tiny import CODE, DATA, END, PAGE, STACK, STRICT, Tiny, assemble, build, ma
 
 from vmm.coherence import Coherence
 from vmm.cpu.events import Event, EventType, Vector
+from vmm.ept import PROFILES
 from vmm.errors import OptionError
 from vmm.guest.manifest import Limits, Policy
 from vmm.machine import RunOptions
@@ -453,3 +454,14 @@ def test_removing_a_hook_frees_its_block():
     assert tiny.run().detail["value"] == 5
     assert not hook.active
     assert hook.hits == 2
+
+
+def test_dirty_flags_and_the_log_of_the_ept_take_nothing_from_a_monitor():
+    profile = PROFILES["page-modification-log"]
+    source = f"mov ebx, {DATA}; mov [rbx + 8], eax; mov ecx, [rbx]; mov [rbx], ecx; mov eax, [rbx]; {END}"
+    tiny = build(source, options=RunOptions(check=True, audit=True, ept=profile))
+    told = watch(tiny, DATA, 4, "r")[1]
+
+    tiny.run()
+
+    assert short(told) == [("r", DATA, 4)] * 2

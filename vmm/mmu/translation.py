@@ -14,13 +14,15 @@ from vmm.cpu.context import Context
 from vmm.cpu.engine import FETCH, READ, WRITE, Engine, R, W, X
 from vmm.cpu.free import FreeRunningEngine
 from vmm.decode import MAX_LENGTH, decode, operand_address
-from vmm.ept import CLEAN, MISCONFIGURED, ExtendedPageTables
+from vmm.ept import CLEAN, HELD, MISCONFIGURED, ExtendedPageTables
 from vmm.ept.bits import USER_EXECUTE
 from vmm.ept.qualification import advanced
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames
 from vmm.mmu.refusals import (
     GuestFault,
+    LogFull,
+    LogIsFull,
     Misconfiguration,
     NonCanonical,
     PagingStructureViolation,
@@ -50,6 +52,8 @@ Fill = Callable[[int, int], int]
 
 _ACCESS: Final = {READ: Access.READ, WRITE: Access.WRITE, FETCH: Access.FETCH}
 _NEEDED: Final = {READ: R, WRITE: W, FETCH: X}
+#: What a leaf says of flags of the EPT that an access may have to set.
+_FLAGS_TO_SET: Final = CLEAN | HELD
 
 
 class FetchSide(Protocol):
@@ -119,22 +123,22 @@ class Mmu:
             if found is None or self.refuses(page, access, *found):
                 return 0
             translation, leaf = found
+            withheld = self.withheld.get(leaf & LEAF_ADDRESS, 0) if self.withheld else 0
+            if withheld and self._is_watched(access, withheld):
+                return 0
             if self.judges:
                 if self.is_unjudged(state, page, access, translation.gpa, leaf):
                     return 0
                 if access == READ:
-                    leaf &= ~W  # the first store comes here, too
-            if self.withheld and leaf & LEAF_ADDRESS in self.withheld:
-                leaf &= ~self.withheld[leaf & LEAF_ADDRESS]
-                if access != FETCH and not leaf & _NEEDED[access]:
-                    self.refusal = Watched()
+                    return leaf & (LEAF_ADDRESS | R)  # the first store comes here, too
+            if leaf & _FLAGS_TO_SET:
+                leaf = self.used(page, access, translation.gpa, leaf)
+                if not leaf:
                     return 0
-            if leaf & CLEAN:
-                leaf = self.used(translation.gpa, access, leaf)
             if access == FETCH:
                 self.fetched(page, leaf & LEAF_ADDRESS)
-                return leaf & (LEAF_ADDRESS | R * translation.readable) | X
-            return leaf & (LEAF_ADDRESS | R * translation.readable | W * translation.writable)
+                return leaf & (LEAF_ADDRESS | R * translation.readable) & ~withheld | X
+            return leaf & (LEAF_ADDRESS | R * translation.readable | W * translation.writable) & ~withheld
 
         return fill if self.fetch_side is None else self._fills_of_two_sides(fill, self.fetch_side, engine)
 
@@ -172,12 +176,23 @@ class Mmu:
                 )
         return True
 
-    def used(self, gpa: int, access: int, leaf: int) -> int:
+    def used(self, page: int, access: int, gpa: int, leaf: int) -> int:
         """The leaf for the engine of a page whose EPT dirty flag is clear: a write sets it, all else must not hide one.
 
-        The engine's TLB hides what follows, so W is withheld until the first write.
+        The engine's TLB hides what follows, so W is withheld until the first write. 0 with ``refusal`` set if a flag
+        cannot be set, because the page-modification log is full.
         """
+        if leaf & HELD or (access == WRITE and self._ept.is_log_full):
+            self.refusal = LogFull(page, access)
+            return 0
         return self._ept.dirty(gpa) if access == WRITE else leaf & ~W
+
+    def _is_watched(self, access: int, withheld: int) -> bool:
+        """Whether somebody monitors this kind of access to the frame; that is then the ``refusal``."""
+        if access == FETCH or not withheld & _NEEDED[access]:
+            return False
+        self.refusal = Watched()
+        return True
 
     def is_unjudged(self, control: Control, page: int, access: int, gpa: int, leaf: int) -> bool:
         """Whether the W^X policy must see this use of a permission first; that is then the ``refusal``."""
@@ -357,6 +372,8 @@ class Mmu:
                 walk(self.structures, self.current_mode(), context.cr3, page, access, user=context.cpl == 3)
             except PageFault:
                 continue
+            except LogIsFull:
+                return  # the guest's own walk will come to that
             return
 
     def fetch_host(self, gva: int) -> int | None:
