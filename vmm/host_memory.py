@@ -45,11 +45,11 @@ class HostMemory:
 
     def read(self, gpa: int, size: int) -> bytes:
         """See ``Machine.read``."""
-        return b"".join(self.memory.read(hpa, length) for hpa, _, length in self._places(gpa, size))
+        return b"".join(self.memory.read(hpa, length) for hpa, _, length in self.places(gpa, size))
 
     def write(self, gpa: int, data: bytes) -> None:
         """See ``Machine.write``."""
-        places = self._places(gpa, len(data))
+        places = self.places(gpa, len(data))
         self._refuse_sealed(places, "write")
         pieces = [(hpa, where, data[where - gpa : where - gpa + length]) for hpa, where, length in places]
         with self.inputs.during(Write(gpa, data)):
@@ -64,7 +64,7 @@ class HostMemory:
         if (gpa | target | size) % PAGE or not 0 <= gpa <= gpa + size <= GPA_LIMIT:
             what = f"{size:#x} bytes at GPA {gpa:#x} for {target:#x}"
             raise OptionError(what, where="alias", fix="give multiples of 4096 below 2^48")
-        places = self._places(target, size)
+        places = self.places(target, size)
         for page in range(gpa, gpa + size, PAGE):
             before = self.control.host_of(page)
             if before is not None and self.frames.at(before).state is FrameState.SEALED:
@@ -84,7 +84,7 @@ class HostMemory:
         if user_execute is not None and not self.ept.profile.mode_based_execute:
             fix = "give a profile with mode_based_execute"
             raise OptionError("fetches from user-mode addresses cannot be told from others", where="protect", fix=fix)
-        places = self._places(gpa & -PAGE, size + gpa % PAGE)
+        places = self.places(gpa & -PAGE, size + gpa % PAGE)
         if access & Permission.W:
             self._refuse_sealed(places, "protect")
         if executable and self.keeps_wx:
@@ -103,7 +103,7 @@ class HostMemory:
         if gpa % PAGE or not 0 <= writable < 1 << SUB_PAGES:
             what = f"sub-pages {writable:#x} of GPA {gpa:#x}"
             raise OptionError(what, where="protect_sub_pages", fix="give a multiple of 4096, and 32 bits")
-        places = self._places(gpa, PAGE)
+        places = self.places(gpa, PAGE)
         self._refuse_sealed(places, "protect_sub_pages")
         with self.inputs.during(ProtectSubPages(gpa, writable)):
             self.control.protect_sub_pages(self.frames.at(places[0][0]), table, writable)
@@ -113,7 +113,7 @@ class HostMemory:
         """See ``Machine.approve``."""
         if not self.keeps_wx:
             raise OptionError("the run has no W^X policy", where="approve", fix="give [policy].wx or RunOptions.wx")
-        places = self._places(gpa, size)
+        places = self.places(gpa, size)
         with self.inputs.during(Approve(gpa, size)):
             for hpa, _, _ in places:
                 frame = self.frames.at(hpa)
@@ -122,7 +122,7 @@ class HostMemory:
 
     def seal(self, gpa: int, size: int) -> None:
         """See ``Machine.seal``."""
-        places = self._places(gpa, size)
+        places = self.places(gpa, size)
         with self.inputs.during(Seal(gpa, size)):
             for hpa, _, _ in places:
                 frame = self.frames.at(hpa)
@@ -151,7 +151,7 @@ class HostMemory:
             if not is_approved(self.frames.at(hpa)):
                 raise OptionError(f"GPA {where:#x} is not approved", where="protect", fix="approve it first")
 
-    def _places(self, gpa: int, size: int) -> list[Place]:
+    def places(self, gpa: int, size: int) -> list[Place]:
         """Page by page; raises ``OptionError`` where nothing is mapped."""
         if size < 0:
             raise OptionError(f"a size of {size}", where="guest memory", fix="give 0 or more bytes")

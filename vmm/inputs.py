@@ -195,6 +195,36 @@ class Approve(Input):
 
 
 @frozen(slots=True)
+class Hide(Input):
+    """The host had ``data`` executed in place of what is at ``gpa``, by a hidden patch."""
+
+    name: ClassVar[str] = "hide"
+
+    gpa: int
+    data: bytes
+
+    def apply(self, machine: Machine) -> None:
+        """Hide it."""
+        machine.patch_hidden(self.gpa, self.data)
+
+
+@frozen(slots=True)
+class Reveal(Input):
+    """The host removed the hidden patch of this ``number``: how many there had been before it."""
+
+    name: ClassVar[str] = "reveal"
+
+    number: int
+
+    def apply(self, machine: Machine) -> None:
+        """Remove it."""
+        patches = machine.monitors.patches
+        if self.number >= len(patches):
+            raise OptionError(f"hidden patch {self.number}", where="reveal", fix="name one that there is")
+        patches[self.number].remove()
+
+
+@frozen(slots=True)
 class DrainLog(Input):
     """The host emptied the page-modification log, and if ``clean`` cleared the dirty flags of the pages in it."""
 
@@ -252,10 +282,13 @@ class Inputs:
         #: The registers that a handler may change: those of each vCPU.
         self.contexts: list[Context] = []
         self._depth = 0
+        self._unrepeatable = False
 
     def note(self, given: Input) -> None:
-        """An input is about to take effect."""
+        """An input is about to take effect; raises ``OptionError`` where a recording could not tell the place of it."""
         if self.listener is not None:
+            if self._unrepeatable:
+                raise _unrepeatable(given.name)
             self.listener(given, self._depth)
 
     @contextmanager
@@ -267,6 +300,16 @@ class Inputs:
             yield
         finally:
             self._depth -= 1
+
+    @contextmanager
+    def unrepeatable(self) -> Iterator[None]:
+        """Nothing may reach a machine that is recorded in the ``with`` block, which is at no record of the run."""
+        before, self._unrepeatable = self.registers(), True
+        try:
+            yield
+            self.registers_after(before)
+        finally:
+            self._unrepeatable = False
 
     def read(self, port: int, size: int, device: Device | None) -> int | None:
         """What an IN gets from outside; None if there is neither a device nor a recorded answer."""
@@ -293,6 +336,11 @@ class Inputs:
             changed = self.contexts[vcpu].changed_since(old)
             if changed:
                 self.note(SetRegisters(vcpu, changed))
+
+
+def _unrepeatable(what: str) -> OptionError:
+    where, fix = "what a monitor does", "only look, or record the run without it"
+    return OptionError(f"an input ({what}) at no record of the trace", where=where, fix=fix)
 
 
 # Trace lines

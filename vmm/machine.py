@@ -21,11 +21,14 @@ from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest, load_guest
 from vmm.guest.manifest import WorkpieceSpec
 from vmm.host_memory import HostMemory
+from vmm.host_monitors import HostMonitors
 from vmm.inputs import Answer, DrainLog, Inject, Inputs, Interrupt, Stop
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames, FrameState
+from vmm.monitors import HiddenPatch, Monitor
+from vmm.monitors.monitor import After, Before, Condition
 from vmm.pc import Pc
 from vmm.processor import Processor
 from vmm.reporter import E, Handler, Observer, Reporter
@@ -107,6 +110,8 @@ class Machine:
         self.end: End | None = None
         self._log: Final = self._keep_log()
         self._events: Final = [self._hear(processor) for processor in self.loop.processors]
+        #: Monitors and hidden patches (see ``monitor``, ``hook`` and ``patch_hidden``).
+        self.monitors: Final = HostMonitors(self, self._events, self._flush, self._forget_fetches)
         if self.options.block_events:
             self.blocks.observer = reporting(
                 self.frames, self.reporter, self.memory.home, several=self._several
@@ -324,6 +329,55 @@ class Machine:
         for frame in self.frames if self.options.traps else ():
             verify_frame(self.ept, self.blocks, frame)
 
+    # Monitors, hooks, hidden patches
+
+    def physical(self, place: str | int) -> int:
+        """The GPA behind a symbol of the image or a linear address, by the page tables of the vCPU at work as they are.
+
+        Raises ``OptionError`` for an unknown symbol, and where nothing is mapped.
+        """
+        return self.monitors.physical(place)
+
+    def monitor(
+        self,
+        gpa: int,
+        size: int,
+        access: str,
+        *,
+        before: Before | None = None,
+        after: After | None = None,
+        condition: Condition | None = None,
+    ) -> Monitor:
+        """See the guest's accesses to the frames' bytes at [gpa, gpa + size), through whichever address.
+
+        ``access`` is one or more of "r" (loads), "w" (stores) and "x" (execution of an instruction with a byte there).
+        ``before`` is called when the access is about to happen, and may return True (it does not happen, and the guest
+        goes on where RIP is) or an ``Event`` (delivered in its place). ``after`` is called when it has happened. Both
+        only where ``condition`` is true of the access. Accesses of the processor itself (page walks, event delivery)
+        and of the host are not seen. Any number of monitors may share a page.
+
+        Raises ``OptionError`` where there is no memory, and for another ``access``.
+        """
+        return self.monitors.monitor(gpa, size, access, before, after, condition)
+
+    def hook(self, place: str | int, callback: Before, *, condition: Condition | None = None) -> Monitor:
+        """Call back whenever the instruction at a symbol or linear address is about to execute: a hidden breakpoint.
+
+        No byte of the guest changes, so that there is nothing to find, and the guest may rewrite the page. It is a
+        monitor for "x" of the first byte, for instructions that start there; ``callback`` is its ``before``.
+        """
+        gpa = self.physical(place)
+        return self.monitors.monitor(gpa, 1, "x", callback, None, condition, at_start=True)
+
+    def patch_hidden(self, gpa: int, data: bytes) -> HiddenPatch:
+        """Have ``data`` executed in place of what is at ``gpa``, while loads and stores reach what is there.
+
+        It stays when the guest writes there, until it is removed; of two that overlap the later one counts. Raises
+        ``OptionError`` where there is no memory, for sealed code, for more than 64 frames with hidden patches, and
+        under a weaker coherence model.
+        """
+        return self.monitors.patch_hidden(gpa, data)
+
     # What was counted
 
     @property
@@ -477,6 +531,9 @@ class Machine:
             mappings = [(m.gva, m.gpa, m.length) for m in paging.effective(state.memory)]
             for vcpu in self.vcpus:
                 vcpu.mmu.fix_tables(state.cr3, mappings)
+
+        for gva, patch in self.guest.hidden:
+            self.patch_hidden(self.physical(gva), patch)
 
     @property
     def _current(self) -> VirtualCpu:

@@ -27,6 +27,7 @@ from vmm.mmu import (
     Unjudged,
     UnmappedStructure,
     Violation,
+    Watched,
 )
 from vmm.paging.access import ErrorCode
 from vmm.reporter import Reporter
@@ -218,7 +219,7 @@ class Processor:
         """A TLB fill was refused: by the guest's page tables, or by the EPT."""
         refusal = self.vcpu.mmu.refusal
         match refusal:
-            case (Violation() | Unjudged()) if self._is_early_use(refusal.page, refusal.access):
+            case (Violation() | Unjudged() | Watched()) if self._is_stepped_first(refusal):
                 self._answer(self._step())
             case Unjudged():
                 self._answer(self.trap.answer_use(refusal))
@@ -256,9 +257,11 @@ class Processor:
         """Whether the current instruction is none: the engine loads an operand before it finds out."""
         return not self.vcpu.instruction.decoded.length
 
-    def _is_early_use(self, page: int, access: int) -> bool:
-        """Whether it is too early for the W^X policy to judge a fetch."""
-        return self.trap.refusals.keeps_wx and self._is_early(page, access)
+    def _is_stepped_first(self, refusal: Violation | Unjudged | Watched) -> bool:
+        """Whether to see what a step makes of it: it is monitored, or too early for the W^X policy to judge a fetch."""
+        if isinstance(refusal, Watched):
+            return True
+        return self.trap.refusals.keeps_wx and self._is_early(refusal.page, refusal.access)
 
     def _is_early(self, page: int, access: int) -> bool:
         """Whether a fetch fault may come too early (quirk "early-fetch").

@@ -13,6 +13,7 @@ CAUSES: dict[str, str] = {
     "cross-modify-torn": "vCPU 1 has executed a mixture of two versions",
     "cross-modify-unsynchronised": "vCPU 1 has executed a version that was gone: it had not serialised since the patch",
     "contract-clock": "a contract may read nothing but its transactions",
+    "hidden-hook-visible": "because: an integrity check must read the guest's own bytes where a hook is executed",
     "lazy-binding-open": "after a patch the page of the call site must be read-only again",
     "lazy-binding-torn": "a call site must be patched in one store",
     "shrink-wrap-clobber": "the cold path must save what the prologue no longer saves",

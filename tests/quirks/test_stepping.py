@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unicorn.unicorn_const import UC_HOOK_MEM_WRITE
+from unicorn.unicorn_const import UC_HOOK_MEM_READ, UC_HOOK_MEM_WRITE
 
 from .bare_unicorn import CODE, DATA, HLT, OK, PAGE, Bare, R, W, X
 
@@ -97,3 +97,29 @@ def test_q25_a_write_hook_gets_the_ram_address_once_even_if_the_store_straddles(
     assert b.run() == OK
     assert writes == [(DATA + PAGE - 4, 8, 0x1111_1111_2222_2222)]
     assert b.ram[other : other + 4] == b"\x11" * 4
+
+
+def test_q26_a_read_hook_gets_the_ram_address_once_even_if_the_load_straddles() -> None:
+    b = Bare()
+    b.put(CODE, "mov rax, [rdi]; hlt")
+    alias, other = 0x700000, 0x9000
+    b.pages[alias], b.pages[alias + PAGE] = (DATA, R | W), (other, R | W)
+    b["rdi"] = alias + PAGE - 4
+    reads: list[tuple[int, int]] = []
+    b.uc.hook_add(UC_HOOK_MEM_READ, lambda _uc, _access, address, size, _value, _data: reads.append((address, size)))
+    assert b.run() == OK
+    assert reads == [(DATA + PAGE - 4, 8)]
+
+
+def test_q26_what_was_translated_before_the_hook_does_not_call_it() -> None:
+    b = Bare()
+    b.put(CODE, "mov rax, [rdi]; hlt")
+    b["rdi"] = DATA
+    assert b.run() == OK
+    reads: list[int] = []
+    b.uc.hook_add(UC_HOOK_MEM_READ, lambda _uc, _access, address, *_rest: reads.append(address))
+    assert b.run() == OK
+    assert reads == []
+    b.uc.ctl_remove_cache(CODE, CODE + 1)
+    assert b.run() == OK
+    assert reads == [DATA]

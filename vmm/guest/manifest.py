@@ -40,6 +40,7 @@ from vmm.guest.ept import MANIFEST_KEYS as _EPT_KEYS
 from vmm.guest.ept import EptMap, ept_of, maps_of
 from vmm.guest.fields import PAGE, U16_MAX, U32_MAX, U64_MAX, Table, is_canonical
 from vmm.guest.files import one_line, read_file
+from vmm.guest.hidden import HiddenSpec, hidden_of
 from vmm.guest.inputs import ClockSpec, InputSpec, clock_of, input_of
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ _FLAWS_LIMIT: Final = 1024
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
     *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "ept", "end", "limits"),
-    *("console", "input", "clock", "ipi", "workpiece"),
+    *("console", "input", "clock", "ipi", "workpiece", "hidden"),
 )
 
 
@@ -248,6 +249,7 @@ class Manifest:
     ipi: Ipi = Ipi()
     workpiece: WorkpieceSpec | None = None
     wrong_of: str = ""
+    hidden: tuple[HiddenSpec, ...] = ()
 
     @property
     def has_page_tables(self) -> bool:
@@ -308,6 +310,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
     ipi = _ipi(top.table("ipi", ("port",)), end, console)
     workpiece = _workpiece(top, (end.port, console.port)) if "workpiece" in top else None
     taken = _taken(end, console, ipi, workpiece)
+    policy = _policy(top.table("policy", _POLICY_KEYS), machine, image, paging)
     return Manifest(
         path=path,
         name=top.string("name", longest=_NAME_LENGTH),
@@ -316,7 +319,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
         machine=machine,
         cpu=cpu,
         paging=paging,
-        policy=_policy(top.table("policy", _POLICY_KEYS), machine, image, paging),
+        policy=policy,
         ept=profile,
         ept_maps=maps_of(ept, profile, machine.memory),
         console=console,
@@ -329,6 +332,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
         ipi=ipi,
         workpiece=workpiece,
         wrong_of=_wrong_of(top),
+        hidden=hidden_of(top, mode=machine.mode, coherence=policy.coherence),
     )
 
 

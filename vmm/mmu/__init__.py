@@ -16,6 +16,7 @@ from vmm.mmu.refusals import (
     Unjudged,
     UnmappedStructure,
     Violation,
+    Watched,
 )
 from vmm.mmu.step import StepMemory
 from vmm.mmu.translation import FetchSide, Mmu
@@ -34,4 +35,5 @@ __all__ = [
     "Unjudged",
     "UnmappedStructure",
     "Violation",
+    "Watched",
 ]

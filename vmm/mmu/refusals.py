@@ -83,6 +83,11 @@ class Unjudged:
 
 
 @define(slots=True, eq=False)
+class Watched:
+    """Everything allows the access, but somebody monitors bytes of the frame: the instruction has to be stepped."""
+
+
+@define(slots=True, eq=False)
 class LogFull:
     """The access would set an accessed or dirty flag of the EPT, and the page-modification log has no room.
 
@@ -93,7 +98,7 @@ class LogFull:
     access: int
 
 
-Refusal = GuestFault | NonCanonical | Violation | Misconfiguration | Unjudged | LogFull
+Refusal = GuestFault | NonCanonical | Violation | Misconfiguration | Unjudged | LogFull | Watched
 
 
 class PagingStructureViolation(Exception):  # noqa: N818 - a guest-physical fault on its way out of a walk

@@ -29,6 +29,7 @@ from vmm.mmu.refusals import (
     Refusal,
     Unjudged,
     Violation,
+    Watched,
 )
 from vmm.mmu.structures import NO_WRITER, GuestStructures
 from vmm.mmu.walk_cache import WalkCache
@@ -81,6 +82,10 @@ class Mmu:
         self.refusal: Refusal | None = None
         #: Whether a W^X policy has to see each use of a permission to write or fetch before it is granted.
         self.judges = False
+        #: Of each host page with monitored bytes: the permissions (R, W) that the free-running engine never gets.
+        self.withheld: dict[int, int] = {}
+        #: Host pages with bytes where somebody is asked before an access.
+        self.announced: set[int] = set()
         #: None where fetches reach what loads and stores reach, as on a coherent processor.
         self.fetch_side: FetchSide | None = None
         #: The guest's page tables, for its walks.
@@ -118,6 +123,9 @@ class Mmu:
             if found is None or self.refuses(page, access, *found):
                 return 0
             translation, leaf = found
+            withheld = self.withheld.get(leaf & LEAF_ADDRESS, 0) if self.withheld else 0
+            if withheld and self._is_watched(access, withheld):
+                return 0
             if self.judges:
                 if self.is_unjudged(state, page, access, translation.gpa, leaf):
                     return 0
@@ -129,8 +137,8 @@ class Mmu:
                     return 0
             if access == FETCH:
                 self.fetched(page, leaf & LEAF_ADDRESS)
-                return leaf & (LEAF_ADDRESS | R * translation.readable) | X
-            return leaf & (LEAF_ADDRESS | R * translation.readable | W * translation.writable)
+                return leaf & (LEAF_ADDRESS | R * translation.readable) & ~withheld | X
+            return leaf & (LEAF_ADDRESS | R * translation.readable | W * translation.writable) & ~withheld
 
         return fill if self.fetch_side is None else self._fills_of_two_sides(fill, self.fetch_side, engine)
 
@@ -178,6 +186,13 @@ class Mmu:
             self.refusal = LogFull(page, access)
             return 0
         return self._ept.dirty(gpa) if access == WRITE else leaf & ~W
+
+    def _is_watched(self, access: int, withheld: int) -> bool:
+        """Whether somebody monitors this kind of access to the frame; that is then the ``refusal``."""
+        if access == FETCH or not withheld & _NEEDED[access]:
+            return False
+        self.refusal = Watched()
+        return True
 
     def is_unjudged(self, control: Control, page: int, access: int, gpa: int, leaf: int) -> bool:
         """Whether the W^X policy must see this use of a permission first; that is then the ``refusal``."""

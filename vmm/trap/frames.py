@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vmm.ept import ExtendedPageTables, Permission
 from vmm.ept.sub_pages import SubPageTable
@@ -13,6 +13,9 @@ from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.reporter import Reporter
 from vmm.translation import BlockCache
+
+if TYPE_CHECKING:
+    from vmm.trap.door import HiddenCode
 
 RW: Final = Permission.R | Permission.W
 #: Of memory without traps, which nothing executes freely.
@@ -42,6 +45,8 @@ class FrameControl:
         reporter: Reporter,
         check: bool,
     ) -> None:
+        #: What is executed of frames with hidden patches; None where there is none.
+        self.hidden: HiddenCode | None = None
         self._memory = memory
         self._ept = ept
         self._frames = frames
@@ -81,6 +86,8 @@ class FrameControl:
         frame.judged.clear()
         if state in (FrameState.DATA, FrameState.WINDOW):
             self._blocks.invalidate(frame.hpa, PAGE, cause)
+        if self.hidden is not None:
+            self.hidden.moved(frame, cause)
         self._protect(frame, self.permissions(frame))
         self._flush()
         self._report(frame, before.value, state.value, cause)

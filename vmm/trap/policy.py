@@ -19,7 +19,7 @@ window is refused.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from attrs import define, frozen
 
@@ -32,7 +32,7 @@ from vmm.errors import OptionError
 from vmm.exits import EptViolation, ExitReason, Mtf
 from vmm.memory import PAGE
 from vmm.memory.frames import Frame, Frames, FrameState
-from vmm.mmu import CurrentInstruction, Mmu, Unjudged, Violation
+from vmm.mmu import CurrentInstruction, Mmu, Unjudged, Violation, Watched
 from vmm.mmu.refusals import Refusal
 from vmm.reporter import Reporter
 from vmm.trap.door import Door, SealedFrame
@@ -40,6 +40,9 @@ from vmm.trap.frames import FrameControl
 from vmm.trap.guard import StepGuard
 from vmm.trap.refusal import Refusals
 from vmm.trap.sub_pages import SubPages
+
+if TYPE_CHECKING:
+    from vmm.monitors.watcher import Watcher
 
 #: Trapped writes to one frame after which the adaptive policy opens a window, and trapped reads after which it grants
 #: reads.
@@ -90,6 +93,8 @@ class Trap:
     refusals: Refusals
     #: Judges stores to guarded frames; None without sub-page write permissions.
     sub_pages: SubPages | None = None
+    #: Tells monitors of what instructions do; None while there are none.
+    watcher: Watcher | None = None
 
     def answer(self, violation: Violation) -> Stop | Event | None:
         """Answer one violation of the free-running engine.
@@ -121,10 +126,18 @@ class Trap:
 
         Returns None if it completed, else what the run loop has to answer.
         """
+        if self.watcher is not None:
+            return self.watcher.step(violation)
+        return self.step_unwatched(violation)
+
+    def step_unwatched(self, violation: Violation | None) -> Stop | Event | None:
+        """``step``, with nobody told that the instruction is about to execute, or has."""
         guard = self.guard
         guard.begin(arrived=violation is not None)
         try:
             outcome = self._let_through(violation)
+            if self.watcher is not None:
+                self.watcher.look(outcome)
         finally:
             entries = guard.close()
         try:
@@ -144,14 +157,18 @@ class Trap:
                 if self._guest_forbids(refusal):
                     return Stop.REFUSED
                 decision = self._admit(refusal)
+            elif isinstance(refusal, Watched) and self.watcher is not None:
+                decision = self.watcher.announce()
             else:
                 decision = self.answer_use(refusal) if isinstance(refusal, Unjudged) else None
             if decision is not None:
                 return decision
             stop = self.guard.attempt()
             refusal = self.mmu.refusal
-            if stop is not Stop.REFUSED or not isinstance(refusal, Violation | Unjudged):
+            if stop is not Stop.REFUSED or not isinstance(refusal, Violation | Unjudged | Watched):
                 return stop
+            if self.watcher is not None:
+                self.watcher.refused()
 
     def _is_stepped(self, violation: Violation) -> bool:
         """Whether the answer is to let one instruction through."""
