@@ -13,6 +13,7 @@ from vmm.inputs import Alias, Approve, Inputs, Protect, Seal, Write
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.mmu import Mmu
+from vmm.tlb import StrictTlb
 from vmm.translation import BlockCache
 from vmm.trap.door import Door
 from vmm.trap.frames import FrameControl
@@ -41,6 +42,8 @@ class HostMemory:
     keeps_wx: bool
     current: Callable[[], Mmu]
     flush: Callable[[], None]
+    #: Strict staleness, None without it.
+    tlb: StrictTlb | None = None
 
     def read(self, gpa: int, size: int) -> bytes:
         """See ``Machine.read``."""
@@ -52,7 +55,10 @@ class HostMemory:
         self._refuse_sealed(places, "write")
         pieces = [(hpa, where, data[where - gpa : where - gpa + length]) for hpa, where, length in places]
         with self.inputs.during(Write(gpa, data)):
+            before = {} if self.tlb is None else self.tlb.snapshot(hpa for hpa, _, _ in places)
             self.door.write(pieces, cause="host", mmu=self.current())
+            if self.tlb is not None:
+                self.tlb.written(before, None)
             if any(self.frames.is_system(hpa) for hpa, _, _ in places):
                 for vcpu in self.vcpus:
                     vcpu.mmu.tables_changed()
@@ -75,7 +81,7 @@ class HostMemory:
                 vcpu.mmu.frames_changed()
             self.flush()
 
-    def protect(self, gpa: int, size: int, access: Permission) -> None:
+    def protect(self, gpa: int, size: int, access: Permission, *, invalidate: bool = True) -> None:
         """See ``Machine.protect``."""
         if access & Permission.W and access & Permission.X:
             raise OptionError(f"access {access}", where="protect", fix="a frame is writable or executable, never both")
@@ -84,10 +90,13 @@ class HostMemory:
             self._refuse_sealed(places, "protect")
         if access & Permission.X and self.keeps_wx:
             self._refuse_unapproved(places)
-        with self.inputs.during(Protect(gpa, size, access)):
+        with self.inputs.during(Protect(gpa, size, access, invalidate)):
             for hpa, where, _ in places:
-                self.control.protect(self.frames.at(hpa), access, where & -PAGE)
-            self.flush()
+                self.control.protect(self.frames.at(hpa), access, where & -PAGE, invalidate=invalidate)
+                if not invalidate and self.tlb is not None:
+                    self.tlb.ept_entry_changed("EPT PTE", where & -PAGE)
+            if invalidate:
+                self.flush()
 
     def approve(self, gpa: int, size: int) -> None:
         """See ``Machine.approve``."""
@@ -120,6 +129,8 @@ class HostMemory:
             old.gpas.remove(gpa)
         frame.gpas.append(gpa)
         self.ept.map(gpa, frame.hpa, self.control.permissions(frame))
+        if self.tlb is not None:
+            self.tlb.invalidate_gpa(gpa)
 
     def _refuse_sealed(self, places: list[Place], what: str) -> None:
         for hpa, where, _ in places:

@@ -130,10 +130,40 @@ class Protect(Input):
     gpa: int
     size: int
     access: Permission
+    #: Whether what was cached was invalidated.
+    invalidate: bool = True
 
     def apply(self, machine: Machine) -> None:
         """Protect."""
-        machine.protect(self.gpa, self.size, self.access)
+        machine.protect(self.gpa, self.size, self.access, invalidate=self.invalidate)
+
+
+@frozen(slots=True)
+class Invept(Input):
+    """INVEPT by the host: of the EPT that ``eptp`` selects, None for all."""
+
+    name: ClassVar[str] = "invept"
+
+    eptp: int | None
+
+    def apply(self, machine: Machine) -> None:
+        """Invalidate."""
+        machine.invept(self.eptp)
+
+
+@frozen(slots=True)
+class Invvpid(Input):
+    """INVVPID by the host, of a type 0 to 3; ``vpid`` and ``linear`` as far as the type has them."""
+
+    name: ClassVar[str] = "invvpid"
+
+    type: int
+    vpid: int | None
+    linear: int | None
+
+    def apply(self, machine: Machine) -> None:
+        """Invalidate."""
+        machine.invvpid(self.type, vpid=self.vpid, linear=self.linear)
 
 
 @frozen(slots=True)
@@ -276,7 +306,8 @@ def parse(line: Mapping[str, Any]) -> Input:
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ValueError(f"no such input: {str(name)[:40]!a}")
-    return kind(**{field.name: _from_json(field, line) for field in attrs.fields(kind)})
+    given = [field for field in attrs.fields(kind) if field.name in line or field.default is attrs.NOTHING]
+    return kind(**{field.name: _from_json(field, line) for field in given})
 
 
 def _from_json(field: attrs.Attribute[Any], line: Mapping[str, Any]) -> Any:  # noqa: ANN401 - one of _READERS' types
@@ -288,6 +319,12 @@ def _from_json(field: attrs.Attribute[Any], line: Mapping[str, Any]) -> Any:  # 
 
 def _number(value: object) -> int:
     if type(value) is not int or not 0 <= value <= U64_MAX:
+        raise ValueError(value)
+    return value
+
+
+def _flag(value: object) -> bool:
+    if type(value) is not bool:
         raise ValueError(value)
     return value
 
@@ -325,6 +362,8 @@ def _optional(read: Callable[[Any], T], value: object) -> T | None:
 
 _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "int": _number,
+    "int | None": lambda value: _optional(_number, value),
+    "bool": _flag,
     "bytes": _bytes,
     "Permission": Permission.parse,
     "Event": _event,

@@ -17,10 +17,21 @@ from vmm.cpu.syscall import syscall
 from vmm.decode import Decoded
 from vmm.exits import ExitReason
 from vmm.memory import PAGE
-from vmm.mmu import GuestFault, Misconfiguration, NonCanonical, Unjudged, UnmappedStructure, Violation
+from vmm.mmu import (
+    GuestFault,
+    Misconfiguration,
+    NonCanonical,
+    StaleUse,
+    Stepwise,
+    Unflushed,
+    Unjudged,
+    UnmappedStructure,
+    Violation,
+)
 from vmm.paging.access import ErrorCode
 from vmm.reporter import Reporter
 from vmm.run_state import RunState
+from vmm.tlb import StrictTlb
 from vmm.translation import BlockCache, Span
 from vmm.trap.policy import DeniedAbove, Trap, UnmappedAccess
 from vmm.trap.refusal import RunEnded
@@ -47,6 +58,8 @@ class Processor:
     linear: LinearMemory
     state: RunState
     single_step: bool
+    #: Strict staleness, None without it.
+    tlb: StrictTlb | None = None
     pending: deque[Event] = field(factory=deque)
     interrupts: set[int] = field(factory=set)
     #: Whether it waits at a HLT.
@@ -88,6 +101,7 @@ class Processor:
         view, pc = self.vcpu.view, context.pc
         code, bits = (self.vcpu.instruction.code, context.code_bits) if view is not None else (b"", 64)
         control = (context.cr0, context.cr3, context.cr4)
+        address = None if self.tlb is None else self._invalidated(decoded)
         try:
             outcome = self.trap.step()
         except UnmappedAccess as problem:
@@ -98,8 +112,15 @@ class Processor:
         if outcome is None and decoded.is_hlt:
             return Stop.HALT
         if decoded.changes_mappings or control != (context.cr0, context.cr3, context.cr4):
+            if self.tlb is not None and outcome is None:
+                now = (context.cr0, context.cr3, context.cr4)
+                self.tlb.executed(self.vcpu.number, decoded, address, control, now)
             self.vcpu.free.flush_tlb()
         return outcome
+
+    def _invalidated(self, decoded: Decoded) -> int | None:
+        """The linear address that INVLPG is about to invalidate; None for any other instruction."""
+        return self.vcpu.instruction.address_of(decoded.operands[0]) if decoded.is_invlpg else None
 
     def _line_of(self, decoded: Decoded) -> int | None:
         """The HPA that the memory operand of an instruction names; None if nothing is mapped there."""
@@ -177,6 +198,8 @@ class Processor:
         match refusal:
             case (Violation() | Unjudged()) if self._is_early_use(refusal.page, refusal.access):
                 self._answer(self._step())
+            case Stepwise() | Unflushed() | StaleUse():
+                self._answer_strictly(refusal)
             case Unjudged():
                 self._answer(self.trap.answer_use(refusal))
             case Violation():
@@ -198,6 +221,16 @@ class Processor:
                 self._misconfigured(refusal)
             case None:
                 raise AssertionError("a fill was refused without a reason")
+
+    def _answer_strictly(self, refusal: Stepwise | Unflushed | StaleUse) -> None:
+        """Strict staleness: step, or flush the engines, or put on record what is owed to a stale mapping."""
+        assert self.tlb is not None
+        if isinstance(refusal, Unflushed):
+            self.tlb.flush()
+        elif isinstance(refusal, Stepwise) or self._is_early(refusal.page, refusal.access):
+            self._answer(self._step())
+        else:
+            self.tlb.report(refusal, self.vcpu.instruction)
 
     def _page_fault(self, refusal: GuestFault) -> Event:
         """The #PF that is due; the engine loads before it stores, but a read-modify-write is a write."""

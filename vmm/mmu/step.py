@@ -44,6 +44,11 @@ class StepMemory:
         #: Linear page -> what is fetched there instead of the guest's bytes: (offset, bytes).
         self._patch: dict[int, tuple[int, bytes]] = {}
 
+    @property
+    def pc(self) -> int:
+        """The linear address of the instruction."""
+        return self._pc
+
     def begin(self, *, arrived: bool) -> None:
         """The next fills are for the instruction at RIP.
 

@@ -46,7 +46,8 @@ Control = tuple[int, int, int, int, bool]
 #: Answers a fill: (linear page, access) -> host address | permissions, or 0 to refuse.
 Fill = Callable[[int, int], int]
 
-_ACCESS: Final = {READ: Access.READ, WRITE: Access.WRITE, FETCH: Access.FETCH}
+#: The accesses of a fill in the words of ``vmm.paging``.
+ACCESSES: Final = {READ: Access.READ, WRITE: Access.WRITE, FETCH: Access.FETCH}
 _NEEDED: Final = {READ: R, WRITE: W, FETCH: X}
 
 
@@ -201,7 +202,7 @@ class Mmu:
             self.refusal = NonCanonical(page, access)
             return None
         try:
-            translation = walk(self.structures, mode, cr3, page, _ACCESS[access], user=user)
+            translation = walk(self.structures, mode, cr3, page, ACCESSES[access], user=user)
         except PageFault as fault:
             if not (user and fault.error_code & 1 and self._is_system_access(engine, page, access)):
                 self.refusal = GuestFault(page, access, fault.error_code)
@@ -249,7 +250,7 @@ class Mmu:
         self, mode: PagingMode, cr3: int, page: int, access: int
     ) -> tuple[Translation, int] | None:
         try:
-            translation = walk(self.structures, mode, cr3, page, _ACCESS[access], user=False, implicit=True)
+            translation = walk(self.structures, mode, cr3, page, ACCESSES[access], user=False, implicit=True)
         except PageFault as fault:
             self.refusal = GuestFault(page, access, fault.error_code)
             return None

@@ -50,6 +50,8 @@ class FrameControl:
         self._window_closed = window_closed
         self._reporter = reporter
         self._check = check
+        #: Under strict staleness told of each GPA whose entry was changed and invalidated.
+        self.invalidate: Callable[[int], None] | None = None
 
     def permissions(self, frame: Frame) -> Permission:
         """What the EPT allows in the frame's state, when no step is under way."""
@@ -117,17 +119,20 @@ class FrameControl:
                 self._flush()
             self._verify(frame)
 
-    def protect(self, frame: Frame, permissions: Permission, gpa: int) -> None:
+    def protect(self, frame: Frame, permissions: Permission, gpa: int, *, invalidate: bool = True) -> None:
         """Change what the EPT allows for one GPA of a frame, at the host's wish.
 
         A frame that is to be writable is data from then on, one that is to be executable is code. Anything less
-        restricts its state, until that changes.
+        restricts its state, until that changes. What was cached is invalidated unless the host does not want that;
+        with a change of state it always is.
         """
         if permissions & Permission.W and frame.state not in (FrameState.DATA, FrameState.WINDOW):
             self.move(frame, FrameState.DATA, "host")
         elif permissions & Permission.X and frame.state not in (FrameState.CODE, FrameState.SEALED):
             self.move(frame, FrameState.CODE, "host")
         self._ept.protect(gpa, permissions)
+        if invalidate and self.invalidate is not None:
+            self.invalidate(gpa)
         frame.overridden = True
         self._report(frame, frame.state.value, str(permissions), "host")
         self._verify(frame)
@@ -139,6 +144,8 @@ class FrameControl:
     def _protect(self, frame: Frame, permissions: Permission) -> None:
         for gpa in frame.gpas:
             self._ept.protect(gpa, permissions)
+            if self.invalidate is not None:
+                self.invalidate(gpa)
 
     def _verify(self, frame: Frame) -> None:
         if self._check:

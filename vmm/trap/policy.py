@@ -18,6 +18,7 @@ window is refused.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from attrs import define, frozen
@@ -84,6 +85,8 @@ class Trap:
     guard: StepGuard
     reporter: Reporter
     refusals: Refusals
+    #: Under strict staleness told of each stepped instruction: what it may have written, from before, and its address.
+    stepped: Callable[[Mapping[int, bytes], int], None] | None = None
 
     def answer(self, violation: Violation) -> Stop | Event | None:
         """Answer one violation of the free-running engine.
@@ -121,6 +124,8 @@ class Trap:
             outcome = self._let_through(violation)
         finally:
             entries = guard.close()
+        if self.stepped is not None:
+            self.stepped(guard.vcpu.step_memory.undo, guard.vcpu.step_memory.pc)
         try:
             if guard.opened and outcome is Stop.STEPPED:
                 self.reporter.count(ExitReason.MTF)
