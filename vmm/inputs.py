@@ -210,6 +210,20 @@ class Approve(Input):
 
 
 @frozen(slots=True)
+class MonitorTrap(Input):
+    """The host switched the monitor trap flag of a vCPU."""
+
+    name: ClassVar[str] = "monitor_trap_flag"
+
+    vcpu: int
+    on: bool
+
+    def apply(self, machine: Machine) -> None:
+        """Switch it."""
+        machine.monitor_trap_flag(self.vcpu, on=self.on)
+
+
+@frozen(slots=True)
 class SetRegisters(Input):
     """A handler or an acting observer left registers of a vCPU with new values, by their names in a state file."""
 

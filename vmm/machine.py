@@ -21,7 +21,7 @@ from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest, load_guest
 from vmm.guest.manifest import WorkpieceSpec
 from vmm.host_memory import HostMemory
-from vmm.inputs import Answer, Inject, Inputs, Interrupt, Invept, Invvpid, Stop
+from vmm.inputs import Answer, Inject, Inputs, Interrupt, Invept, Invvpid, MonitorTrap, Stop
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
@@ -223,6 +223,19 @@ class Machine:
         event = Event(vector, EventType.EXTERNAL_INTERRUPT)
         self.inputs.note(Interrupt(vector, vcpu))
         self._raise_interrupt(event.vector, vcpu)
+
+    def monitor_trap_flag(self, vcpu: int = 0, *, on: bool = True) -> None:
+        """Switch the "monitor trap flag" VM-execution control of a vCPU (SDM vol. 3, 26.5.2).
+
+        While it is on, the vCPU executes one instruction, or is delivered one event, at a time, with an ``Mtf`` exit
+        after each that no other exit came before. Injecting ``Event(0, EventType.OTHER_EVENT)`` makes one exit
+        pending whatever the control says. Raises ``OptionError`` for a vCPU that there is not.
+        """
+        if not 0 <= vcpu < len(self.vcpus):
+            fix = f"there are {len(self.vcpus)}, counted from 0"
+            raise OptionError(f"vCPU {vcpu}", where="monitor_trap_flag", fix=fix)
+        self.inputs.note(MonitorTrap(vcpu, on))
+        self.loop.processors[vcpu].monitor_trap.control = on
 
     def answer(self, value: int) -> None:
         """Let the IN whose exit is being reported read ``value``, cut to its size."""

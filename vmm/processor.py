@@ -28,6 +28,7 @@ from vmm.mmu import (
     UnmappedStructure,
     Violation,
 )
+from vmm.monitor_trap import MonitorTrapFlag, cancelling
 from vmm.paging.access import ErrorCode
 from vmm.reporter import Reporter
 from vmm.run_state import RunState
@@ -38,6 +39,7 @@ from vmm.trap.refusal import RunEnded
 from vmm.vcpu import VirtualCpu
 
 _UNDEFINED: Final = Event(Vector.UD, EventType.HARDWARE_EXCEPTION)
+_RFLAGS_TF: Final = 1 << 8
 _RFLAGS_IF: Final = 1 << 9
 _VMCALL: Final = b"\x0f\x01\xc1"
 
@@ -64,6 +66,7 @@ class Processor:
     interrupts: set[int] = field(factory=set)
     #: Whether it waits at a HLT.
     halted: bool = False
+    monitor_trap: MonitorTrapFlag = field(factory=MonitorTrapFlag)
     _stepped_block: tuple[tuple[Span, ...], str] = ((), "")
 
     @property
@@ -78,8 +81,13 @@ class Processor:
         if instructions is not None:
             pace.begin(instructions)
         while not (state.is_over or self.halted or pace.is_over):
+            if self.monitor_trap.watches():
+                self._monitored()
+                continue
             if self.pending or self.interrupts:
                 self._deliver_what_is_due()
+                if self.monitor_trap.watches():
+                    continue
             if state.ending is None and not pace.is_over:
                 stop = self._enter()
                 if not (stop is Stop.REFUSED and pace.is_over):  # the first fetch of the next turn, which will see
@@ -122,6 +130,44 @@ class Processor:
         """The linear address that INVLPG is about to invalidate; None for any other instruction."""
         return self.vcpu.instruction.address_of(decoded.operands[0]) if decoded.is_invlpg else None
 
+    # With the monitor trap flag
+
+    def _monitored(self) -> None:
+        """A pending MTF exit, or the delivery of one event, or one instruction (see ``vmm.monitor_trap``)."""
+        monitor = self.monitor_trap
+        if monitor.pending:
+            self._monitor_trap_exit()
+            return
+        self._deliver_what_is_due()
+        if monitor.pending or self.pending or self.state.is_over or self.vcpu.pace.is_over:
+            return
+        before = cancelling(self.reporter.counts)
+        if self._monitored_step(before) and before == cancelling(self.reporter.counts):
+            monitor.pending = monitor.control
+
+    def _monitored_step(self, exits_before: int) -> bool:
+        """Execute one instruction, or iteration of a REP, and answer what comes of it; whether it completed."""
+        context = self.vcpu.context
+        traps = context.rflags & _RFLAGS_TF
+        repeated = self.vcpu.instruction.decoded
+        stop = self._step()
+        if stop is None and repeated.repeats and context.gprs[1] & repeated.operands[0].mask == 0:
+            stop = self._step()  # quirk "rep-end"
+        if stop is Stop.INTERRUPT and traps and context.vector == Vector.DB and not context.by_instruction:
+            debug = self.vcpu.exception()
+            if exits_before == cancelling(self.reporter.counts):
+                self._monitor_trap_exit()
+            self._raise(debug)
+        else:
+            self._answer(stop)
+        return stop in (None, Stop.SYSCALL)
+
+    def _monitor_trap_exit(self) -> None:
+        self.monitor_trap.pending = False
+        self.reporter.count(ExitReason.MTF)
+        if self.reporter.observed:
+            self.reporter.exit(exits.Mtf(rip=self.vcpu.context.pc))
+
     def _line_of(self, decoded: Decoded) -> int | None:
         """The HPA that the memory operand of an instruction names; None if nothing is mapped there."""
         return self.vcpu.mmu.peek(self.vcpu.instruction.address_of(decoded.operands[0]))
@@ -146,7 +192,8 @@ class Processor:
     @property
     def _is_wanted_outside(self) -> bool:
         """Whether the run loop has something to do before the next instruction."""
-        return self.state.is_over or self.vcpu.pace.is_over or bool(self.pending or self.interrupts)
+        over = self.state.is_over or self.vcpu.pace.is_over
+        return over or bool(self.pending or self.interrupts) or self.monitor_trap.watches()
 
     def _deliver_what_is_due(self) -> None:
         """Inject pending events, then an external interrupt if the guest takes one at this boundary."""
@@ -258,7 +305,7 @@ class Processor:
 
     def _raise(self, event: Event) -> None:
         """An exception or software interrupt of the guest: a VM exit, then its delivery."""
-        if event.type is EventType.SOFTWARE_INTERRUPT:
+        if event.type in (EventType.SOFTWARE_INTERRUPT, EventType.OTHER_EVENT):
             self._deliver(event)
             return
         self.reporter.count(ExitReason.EXCEPTION_OR_NMI)
@@ -277,6 +324,9 @@ class Processor:
 
     def _deliver(self, event: Event) -> None:
         context = self.vcpu.context
+        if event.type is EventType.OTHER_EVENT:
+            self.monitor_trap.pending = True
+            return
         self.vcpu.pace.spend()
         try:
             delivered = deliver(context, self.linear, event)
@@ -292,6 +342,7 @@ class Processor:
             self.state.finish("unmapped memory", {"gpa": problem.gpa, "gva": problem.linear})
             return
         context.end_shadow()
+        self.monitor_trap.pending = self.monitor_trap.control
         if self.reporter.observed:
             done = delivered.event
             name = done.type.name.lower().replace("_", " ")

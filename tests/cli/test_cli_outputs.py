@@ -73,7 +73,7 @@ def test_a_trace(vmm, tmp_path):
         "image": hashlib.sha256(image.read_bytes()).hexdigest(),
         "memory": 0x100000,
         "policy": {
-            **{"reads": "step", "writes": "step", "code": "load", "coherence": "coherent", "wx": "off"},
+            "reads": "step", "writes": "step", "code": "load", "coherence": "coherent", "wx": "off",
             "tlb": "loose",
         },
         "manifest": hashlib.sha256(image.with_name("guest.toml").read_bytes()).hexdigest(),

@@ -11,7 +11,7 @@ from typing import Final
 from attrs import define, field
 
 from vmm.cpu.engine import READ, Stop
-from vmm.cpu.events import Vector
+from vmm.cpu.events import Event, Vector
 from vmm.ept import Permission
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
@@ -82,6 +82,11 @@ class StepGuard:
         """
         context = self.vcpu.context
         return stop is Stop.INTERRUPT and (context.pc != self._pc or context.vector == Vector.DB)
+
+    def trapped(self, outcome: Stop | Event | None) -> bool:
+        """Whether the instruction completed and ends in a debug trap, before which an MTF exit comes."""
+        context = self.vcpu.context
+        return outcome is Stop.INTERRUPT and context.vector == Vector.DB and not context.by_instruction
 
     def close(self) -> list[Entry]:
         """Restore execute-only and drop what is stale; what the instruction changed in code frames, for ``publish``."""

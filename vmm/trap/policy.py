@@ -127,7 +127,7 @@ class Trap:
         if self.stepped is not None:
             self.stepped(guard.vcpu.step_memory.undo, guard.vcpu.step_memory.pc)
         try:
-            if guard.opened and outcome is Stop.STEPPED:
+            if guard.opened and (outcome is Stop.STEPPED or guard.trapped(outcome)):
                 self.reporter.count(ExitReason.MTF)
                 if self.reporter.observed:
                     self.reporter.exit(Mtf(rip=guard.vcpu.context.pc))
