@@ -123,19 +123,21 @@ class Write(Input):
 
 @frozen(slots=True)
 class Protect(Input):
-    """The host changed what the EPT allows for ``size`` bytes at ``gpa``."""
+    """The host changed what the EPT allows for ``size`` bytes at ``gpa``; ``user_execute`` as in ``Machine``'s."""
 
     name: ClassVar[str] = "protect"
 
     gpa: int
     size: int
     access: Permission
+    user_execute: bool | None = None
     #: Whether what was cached was invalidated.
     invalidate: bool = True
 
     def apply(self, machine: Machine) -> None:
         """Protect."""
-        machine.protect(self.gpa, self.size, self.access, invalidate=self.invalidate)
+        user, invalidate = self.user_execute, self.invalidate
+        machine.protect(self.gpa, self.size, self.access, user_execute=user, invalidate=invalidate)
 
 
 @frozen(slots=True)
@@ -221,6 +223,19 @@ class MonitorTrap(Input):
     def apply(self, machine: Machine) -> None:
         """Switch it."""
         machine.monitor_trap_flag(self.vcpu, on=self.on)
+
+
+@frozen(slots=True)
+class DrainLog(Input):
+    """The host emptied the page-modification log, and if ``clean`` cleared the dirty flags of the pages in it."""
+
+    name: ClassVar[str] = "drain"
+
+    clean: bool
+
+    def apply(self, machine: Machine) -> None:
+        """Empty it."""
+        machine.drain_log(clean=self.clean)
 
 
 @frozen(slots=True)
@@ -320,11 +335,12 @@ def parse(line: Mapping[str, Any]) -> Input:
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ValueError(f"no such input: {str(name)[:40]!a}")
-    given = [field for field in attrs.fields(kind) if field.name in line or field.default is attrs.NOTHING]
-    return kind(**{field.name: _from_json(field, line) for field in given})
+    return kind(**{field.name: _from_json(field, line) for field in attrs.fields(kind)})
 
 
 def _from_json(field: attrs.Attribute[Any], line: Mapping[str, Any]) -> Any:  # noqa: ANN401 - one of _READERS' types
+    if field.name not in line and field.default is not attrs.NOTHING:
+        return field.default
     try:
         return _READERS[str(field.type)](line[field.name])
     except (KeyError, TypeError, ValueError, AttributeError, OptionError):
@@ -337,7 +353,7 @@ def _number(value: object) -> int:
     return value
 
 
-def _flag(value: object) -> bool:
+def _boolean(value: object) -> bool:
     if type(value) is not bool:
         raise ValueError(value)
     return value
@@ -377,7 +393,8 @@ def _optional(read: Callable[[Any], T], value: object) -> T | None:
 _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "int": _number,
     "int | None": lambda value: _optional(_number, value),
-    "bool": _flag,
+    "bool": _boolean,
+    "bool | None": lambda value: _optional(_boolean, value),
     "bytes": _bytes,
     "Permission": Permission.parse,
     "Event": _event,

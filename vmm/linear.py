@@ -10,12 +10,12 @@ from __future__ import annotations
 from attrs import define
 
 from vmm.cpu.context import Context
-from vmm.cpu.engine import Stop
+from vmm.cpu.engine import READ, WRITE, Stop
 from vmm.cpu.events import Event, GuestFault, Vector
-from vmm.ept import CLEAN, MISCONFIGURED, ExtendedPageTables
+from vmm.ept import CLEAN, HELD, MISCONFIGURED, ExtendedPageTables
 from vmm.memory import PAGE, GuestMemory
 from vmm.mmu import Mmu, UnmappedStructure
-from vmm.mmu.refusals import PagingStructureViolation
+from vmm.mmu.refusals import LogIsFull, PagingStructureViolation
 from vmm.paging import Access, PageFault, walk
 from vmm.trap.door import Door, SealedFrame
 from vmm.trap.refusal import Refusals, RunEnded
@@ -28,7 +28,8 @@ class GuestLinearMemory:
     """Implements ``vmm.cpu.state.LinearMemory`` for one vCPU.
 
     All methods raise ``vmm.cpu.events.GuestFault`` besides where a page walk would write to a sealed frame, the
-    writing ones for a store to one. They raise ``RunEnded`` if the W^X policy has ended the run.
+    writing ones for a store to one. They raise ``LogIsFull`` where a flag of the EPT has to be set and the
+    page-modification log is full, and ``RunEnded`` if the W^X policy has ended the run.
     """
 
     memory: GuestMemory
@@ -87,6 +88,8 @@ class GuestLinearMemory:
         mode, cr3 = self.mmu.current_mode(), self.context.cr3
         try:
             gpa = walk(self.mmu.structures, mode, cr3, linear, access, user=user, implicit=not user).gpa
+        except LogIsFull:
+            raise
         except PagingStructureViolation as violation:
             raise UnmappedStructure(violation.gpa, linear) from None
         except SealedFrame as sealed:
@@ -94,7 +97,10 @@ class GuestLinearMemory:
         leaf = self.ept.translate(gpa)
         if leaf in (0, MISCONFIGURED):
             raise UnmappedStructure(gpa, linear)
-        return gpa, self.ept.dirty(gpa) if leaf & CLEAN and access == Access.WRITE else leaf
+        clean = leaf & CLEAN and access == Access.WRITE
+        if leaf & HELD or (clean and self.ept.is_log_full):
+            raise LogIsFull(gpa, WRITE if access == Access.WRITE else READ, leaf, 0)
+        return gpa, self.ept.dirty(gpa) if clean else leaf
 
 
 def _fault_of(refused: Event | Stop) -> Exception:

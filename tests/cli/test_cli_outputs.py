@@ -76,6 +76,7 @@ def test_a_trace(vmm, tmp_path):
             "reads": "step", "writes": "step", "code": "load", "coherence": "coherent", "wx": "off",
             "tlb": "loose",
         },
+        "ept": {},
         "manifest": hashlib.sha256(image.with_name("guest.toml").read_bytes()).hexdigest(),
         "target": "alias-patch",
         "options": {"blocks": False, "capacity": 65536, "single_step": False, "traps": True},

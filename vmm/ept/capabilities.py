@@ -8,8 +8,11 @@ the VM-execution controls. Bits of IA32_VMX_EPT_VPID_CAP (48CH) that have a fiel
     8 paging structures UC          20 INVEPT           25 single-context INVEPT, 26 all-context
    14 paging structures WB          21 A and D flags    32 INVVPID, 40 to 43 its types
 
-"Mode-based execute control for EPT" is bit 22 of the secondary processor-based controls; IA32_VMX_PROCBASED_CTLS2
-(48BH) reports in bit 54 that it may be 1. The physical-address width M is CPUID.80000008H:EAX[7:0].
+IA32_VMX_PROCBASED_CTLS2 (48BH) reports in bit 32 + n that bit n of the secondary processor-based controls may be 1::
+
+   17 enable PML      22 mode-based execute control for EPT      23 sub-page write permissions for EPT
+
+The physical-address width M is CPUID.80000008H:EAX[7:0].
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ _MSR_BITS: Final = {
     "invvpid_all_contexts": 42,
     "invvpid_retaining_globals": 43,
 }
-_MODE_BASED_EXECUTE_MAY_BE_1: Final = 1 << 54
+_CTLS2_BITS: Final = {"page_modification_log": 49, "mode_based_execute": 54}
 
 
 @frozen(slots=True, kw_only=True)
@@ -59,6 +62,7 @@ class Capabilities:
     accessed_dirty: bool = True
     advanced_information: bool = False
     mode_based_execute: bool = True
+    page_modification_log: bool = True
     supervisor_shadow_stack: bool = False
     invept: bool = False
     invept_single_context: bool = False
@@ -85,7 +89,7 @@ class Capabilities:
         flags = {name: bool(ept_vpid_cap >> bit & 1) for name, bit in _MSR_BITS.items()}
         return cls(
             **flags,
-            mode_based_execute=bool(procbased_ctls2 & _MODE_BASED_EXECUTE_MAY_BE_1),
+            **{name: bool(procbased_ctls2 >> bit & 1) for name, bit in _CTLS2_BITS.items()},
             physical_address_width=physical_address_width,
         )
 
@@ -94,24 +98,26 @@ class Capabilities:
         return sum(1 << bit for name, bit in _MSR_BITS.items() if getattr(self, name))
 
     def encode_procbased_ctls2(self) -> int:
-        """To what IA32_VMX_PROCBASED_CTLS2 says of mode-based execute control."""
-        return _MODE_BASED_EXECUTE_MAY_BE_1 if self.mode_based_execute else 0
+        """To what IA32_VMX_PROCBASED_CTLS2 says of the controls that have a field."""
+        return sum(1 << bit for name, bit in _CTLS2_BITS.items() if getattr(self, name))
 
 
 @frozen(slots=True, kw_only=True)
 class EptProfile:
     """A processor's capabilities and what is enabled of them; the default is the machine that guests get.
 
-    ``accessed_dirty`` is bit 6 of the EPTP, ``mode_based_execute`` the VM-execution control. Raises ``OptionError`` if
-    one is on that the capabilities do not have (VM entry would fail, SDM vol. 3, 27.2.1.1).
+    ``accessed_dirty`` is bit 6 of the EPTP, ``mode_based_execute`` the VM-execution control, ``page_modification_log``
+    that which enables PML (without ``accessed_dirty`` nothing is ever logged). Raises ``OptionError`` if one is on that
+    the capabilities do not have (VM entry would fail, SDM vol. 3, 27.2.1.1).
     """
 
     capabilities: Capabilities = Capabilities()
     accessed_dirty: bool = False
     mode_based_execute: bool = False
+    page_modification_log: bool = False
 
     def __attrs_post_init__(self) -> None:
-        for name in ("accessed_dirty", "mode_based_execute"):
+        for name in ("accessed_dirty", *_CTLS2_BITS):
             if getattr(self, name) and not getattr(self.capabilities, name):
                 what = f"{name} is enabled on a processor without it"
                 raise OptionError(what, where="EPT profile", fix=f"set {name} in its capabilities, too")
@@ -129,6 +135,9 @@ PROFILES: Final = {
     "default": EptProfile(),
     "accessed-dirty": EptProfile(accessed_dirty=True),
     "mode-based-execute": EptProfile(mode_based_execute=True),
+    "page-modification-log": EptProfile(
+        capabilities=Capabilities(pages_2m=False, pages_1g=False), accessed_dirty=True, page_modification_log=True
+    ),
     "advanced": EptProfile(capabilities=Capabilities(advanced_information=True)),
     "minimal": EptProfile(
         capabilities=Capabilities(**{**_LEAST, "walk_length_4": True, "tables_write_back": True})

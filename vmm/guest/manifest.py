@@ -10,6 +10,7 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [schedule] seed, quantum: how the vCPUs take turns
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
     [policy]   reads, writes, code, coherence, wx, tlb
+    [ept]      profile, switches, [ept.capabilities] and [[ept.map]]: see ``vmm.guest.ept``
     [console]  port: what the guest writes there is its printed output
     [input]    port, file: what the guest reads there
     [clock]    port, time: where it reads the time
@@ -33,7 +34,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from attrs import field, frozen
 
 from vmm.devices.workpiece import PORTS
+from vmm.ept import PROFILES, EptProfile
 from vmm.errors import ManifestError
+from vmm.guest.ept import MANIFEST_KEYS as _EPT_KEYS
+from vmm.guest.ept import EptMap, ept_of, maps_of
 from vmm.guest.fields import PAGE, U16_MAX, U32_MAX, U64_MAX, Table, is_canonical
 from vmm.guest.files import one_line, read_file
 from vmm.guest.inputs import ClockSpec, InputSpec, clock_of, input_of
@@ -81,7 +85,7 @@ _POLICY_KEYS: Final = ("reads", "writes", "code", "coherence", "wx", "tlb")
 _FLAWS_LIMIT: Final = 1024
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
-    *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "end", "limits"),
+    *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "ept", "end", "limits"),
     *("console", "input", "clock", "ipi", "workpiece"),
 )
 
@@ -163,7 +167,7 @@ class Paging:
 class Policy:
     """How the trap behaves; ``docs/manifest.md`` has the meaning of each word."""
 
-    reads: Literal["step", "grant"] = "step"
+    reads: Literal["step", "grant", "adaptive"] = "step"
     writes: Literal["step", "window", "adaptive"] = "step"
     code: Literal["load", "fetch", "seal"] = "fetch"
     coherence: Literal["coherent", "serialised", "explicit"] = "coherent"
@@ -233,6 +237,8 @@ class Manifest:
     paging: Paging | None
     summary: str = ""
     policy: Policy = Policy()
+    ept: EptProfile = PROFILES["default"]
+    ept_maps: tuple[EptMap, ...] = ()
     console: Console = Console()
     input: InputSpec | None = None
     clock: ClockSpec | None = None
@@ -298,6 +304,8 @@ def _manifest(top: Table, path: Path) -> Manifest:
     end = _end(top.table("end", ("port", "value", "halt")))
     paging = _paging(top, machine, cpu)
     console = _console(top.table("console", ("port",)), end)
+    ept = top.table("ept", _EPT_KEYS)
+    profile = ept_of(ept)
     ipi = _ipi(top.table("ipi", ("port",)), end, console)
     workpiece = _workpiece(top, (end.port, console.port)) if "workpiece" in top else None
     taken = _taken(end, console, ipi, workpiece)
@@ -310,6 +318,8 @@ def _manifest(top: Table, path: Path) -> Manifest:
         cpu=cpu,
         paging=paging,
         policy=_policy(top.table("policy", _POLICY_KEYS), machine, image, paging),
+        ept=profile,
+        ept_maps=maps_of(ept, profile, machine.memory),
         console=console,
         input=input_of(top, path.parent, taken),
         clock=clock_of(top, taken),
@@ -550,7 +560,7 @@ def policy_from(values: dict[str, Any], manifest: Manifest, origin: str) -> Poli
 
 def _policy(table: Table, machine: MachineSpec, image: Image, paging: Paging | None) -> Policy:
     policy = Policy(
-        reads=table.choice("reads", ("step", "grant"), default="step"),
+        reads=table.choice("reads", ("step", "grant", "adaptive"), default="step"),
         writes=table.choice("writes", ("step", "window", "adaptive"), default="step"),
         code=table.choice("code", ("load", "fetch", "seal"), default="load" if image.format == "elf64" else "fetch"),
         coherence=table.choice("coherence", ("coherent", "serialised", "explicit"), default="coherent"),

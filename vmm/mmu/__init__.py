@@ -8,6 +8,8 @@ the instruction that a refusal belongs to; ``refusals.py`` has the reasons for r
 from vmm.mmu.instruction import CurrentInstruction
 from vmm.mmu.refusals import (
     GuestFault,
+    LogFull,
+    LogIsFull,
     Misconfiguration,
     NonCanonical,
     Refusal,
@@ -25,6 +27,8 @@ __all__ = [
     "CurrentInstruction",
     "FetchSide",
     "GuestFault",
+    "LogFull",
+    "LogIsFull",
     "Misconfiguration",
     "Mmu",
     "NonCanonical",

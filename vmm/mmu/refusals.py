@@ -88,6 +88,17 @@ class Unjudged:
 
 
 @define(slots=True, eq=False)
+class LogFull:
+    """The access would set an accessed or dirty flag of the EPT, and the page-modification log has no room.
+
+    A VM exit is due. ``page`` is linear.
+    """
+
+    page: int
+    access: int
+
+
+@define(slots=True, eq=False)
 class Stepwise:
     """Strict staleness: only a stepped instruction may make the access, so that what it does is known exactly."""
 
@@ -117,7 +128,9 @@ class StaleUse:
     now: int
 
 
-Refusal = GuestFault | NonCanonical | Violation | Misconfiguration | Unjudged | Stepwise | Unflushed | StaleUse
+#: Of strict staleness.
+Strictness = Stepwise | Unflushed | StaleUse
+Refusal = GuestFault | NonCanonical | Violation | Misconfiguration | Unjudged | LogFull | Strictness
 
 
 class PagingStructureViolation(Exception):  # noqa: N818 - a guest-physical fault on its way out of a walk
@@ -127,13 +140,21 @@ class PagingStructureViolation(Exception):  # noqa: N818 - a guest-physical faul
         super().__init__(gpa, access, leaf, needed)
         self.gpa, self.access, self.leaf, self.needed = gpa, access, leaf, needed
 
-    def refusal(self, page: int, access: int) -> Violation | Misconfiguration:
+    def refusal(self, page: int, access: int) -> Violation | Misconfiguration | LogFull:
         """What it means for the access to a linear page that the walk was for."""
         if self.leaf == MISCONFIGURED:
             return Misconfiguration(page, self.access, self.gpa, final=False)
         return Violation(
             page, self.access, self.gpa, self.leaf, final=False, needed=self.needed, linear_access=access
         )
+
+
+class LogIsFull(PagingStructureViolation):
+    """The EPT allows the access, but a flag would have to be set, and the page-modification log is full."""
+
+    def refusal(self, page: int, access: int) -> LogFull:
+        """What it means for the access to a linear page that the walk was for."""
+        return LogFull(page, access)
 
 
 class UnmappedStructure(GuestError):  # noqa: N818 - says what happened

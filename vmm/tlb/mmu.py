@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vmm.cpu.engine import FETCH, READ, WRITE, Engine, R, W, X
 from vmm.cpu.free import FreeRunningEngine
-from vmm.ept import CLEAN, MISCONFIGURED
+from vmm.ept import CLEAN, HELD, MISCONFIGURED
 from vmm.ept.bits import ADDRESS_MASK, page_mask
 from vmm.ept.entry import NAMES, maps_page
 from vmm.memory import PAGE
@@ -94,7 +94,7 @@ class StrictMmu(Mmu):
         if access == FETCH and isinstance(engine, FreeRunningEngine) and engine.pc & -PAGE != page:
             self.refusal = Stepwise(page, access)  # quirk "early-fetch": perhaps nobody gets there
             return None
-        return self._walk(control, page, access, engine)
+        return self._anew(control, page, access, engine)
 
     @property
     def _eptrta(self) -> int:
@@ -111,7 +111,7 @@ class StrictMmu(Mmu):
 
     # What is not cached
 
-    def _walk(self, control: Control, page: int, access: int, engine: Engine) -> tuple[Translation, int] | None:
+    def _anew(self, control: Control, page: int, access: int, engine: Engine) -> tuple[Translation, int] | None:
         """By the tables; cache what is allowed, invalidate what a fault or an EPT violation does."""
         pcid = tag_of(*control[:3])
         found = super().translate(control, page, access, engine)
@@ -130,7 +130,7 @@ class StrictMmu(Mmu):
         """The guest-physical mapping that serves an access, cached by now; None for an EPT violation."""
         gpa, needed = translation.gpa, self._needed(access, translation)
         known = self.cached.find_guest_physical(self._eptrta, gpa)
-        if known is not None and known.leaf & needed and not (access == WRITE and known.leaf & CLEAN):
+        if known is not None and known.leaf & needed and not _sets_flag(known.leaf, access):
             return known
         if leaf == MISCONFIGURED or not leaf & needed:
             self.cached.ept_violation(self._eptrta, gpa)
@@ -170,8 +170,7 @@ class StrictMmu(Mmu):
 
     def _renewed(self, mapping: Mapping, access: int) -> bool:
         """Look up anew what a mapping lacks of the EPT for an access; False for an EPT violation."""
-        sufficient = mapping.leaf & self._needed(access, mapping.translation)
-        if sufficient and not (access == WRITE and mapping.leaf & CLEAN):
+        if mapping.leaf & self._needed(access, mapping.translation) and not _sets_flag(mapping.leaf, access):
             return True
         gpa = mapping.translation.gpa
         by_ept = self._guest_physical(mapping.translation, self._ept.translate(gpa), access)
@@ -259,12 +258,17 @@ class StrictMmu(Mmu):
         return leaf.address | page & leaf.page_size - PAGE, self._mode.rights[who][index].allowed
 
 
+def _sets_flag(leaf: int, access: int) -> bool:
+    """Whether an access has to set an accessed or dirty flag of the EPT first, which takes a walk."""
+    return bool(leaf & HELD or (access == WRITE and leaf & CLEAN))
+
+
 def _difference(mapping: Mapping, now: _Tables) -> tuple[EntryRead, int] | None:
     """The first entry that a mapping was made from and that is another now, and what it is; None if none counts."""
     for before, after in zip(mapping.guest_entries, now.guest, strict=False):
         if (before.raw ^ after.raw) & ~_GUEST_FLAGS:
             return before, after.raw
-    if (mapping.leaf ^ now.leaf) & ~CLEAN == 0:
+    if (mapping.leaf ^ now.leaf) & ~(CLEAN | HELD) == 0:
         return None
     for before, after in zip(mapping.ept_entries, now.ept, strict=False):
         if (before.raw ^ after.raw) & ~_EPT_FLAGS and before.maps_page == after.maps_page:

@@ -18,6 +18,7 @@ from vmm.exits import (
     FrameEvent,
     Injection,
     IoInstruction,
+    LogEntry,
     Modification,
     Mtf,
     Record,
@@ -211,6 +212,11 @@ def _block(record: BlockEvent, names: Names) -> Line:
     return Line("block", names.code(record.gva), what, Style.QUIET)
 
 
+def _log(record: LogEntry, names: Names) -> Line:
+    what = f"{names.memory(record.gpa, None)}: modified, entry {record.index} of the page-modification log"
+    return Line("log", "", what, Style.QUIET)
+
+
 def _end(record: End, names: Names) -> Line:
     return Line("end", names.code(record.rip), record.reason, Style.STRONG)
 
@@ -235,5 +241,6 @@ _RENDERERS: Final[dict[type[Record], Callable[[Any, Names], Line]]] = {
     BlockEvent: _block,
     StaleExecution: _stale,
     StaleTranslation: _stale_translation,
+    LogEntry: _log,
     End: _end,
 }

@@ -119,7 +119,15 @@ class FrameControl:
                 self._flush()
             self._verify(frame)
 
-    def protect(self, frame: Frame, permissions: Permission, gpa: int, *, invalidate: bool = True) -> None:
+    def protect(
+        self,
+        frame: Frame,
+        permissions: Permission,
+        gpa: int,
+        *,
+        user_execute: bool | None = None,
+        invalidate: bool = True,
+    ) -> None:
         """Change what the EPT allows for one GPA of a frame, at the host's wish.
 
         A frame that is to be writable is data from then on, one that is to be executable is code. Anything less
@@ -128,14 +136,19 @@ class FrameControl:
         """
         if permissions & Permission.W and frame.state not in (FrameState.DATA, FrameState.WINDOW):
             self.move(frame, FrameState.DATA, "host")
-        elif permissions & Permission.X and frame.state not in (FrameState.CODE, FrameState.SEALED):
+        elif (permissions & Permission.X or user_execute) and not self._is_code(frame):
             self.move(frame, FrameState.CODE, "host")
-        self._ept.protect(gpa, permissions)
+        self._ept.protect(gpa, permissions, user_execute=user_execute)
         if invalidate and self.invalidate is not None:
             self.invalidate(gpa)
         frame.overridden = True
-        self._report(frame, frame.state.value, str(permissions), "host")
+        user = "" if user_execute is None else "u" if user_execute else "-"
+        self._report(frame, frame.state.value, f"{permissions}{user}", "host")
         self._verify(frame)
+
+    @staticmethod
+    def _is_code(frame: Frame) -> bool:
+        return frame.state in (FrameState.CODE, FrameState.SEALED)
 
     def _report(self, frame: Frame, before: str, after: str, cause: str) -> None:
         if self._reporter.observed:
@@ -156,7 +169,10 @@ def verify_frame(ept: ExtendedPageTables, blocks: BlockCache, frame: Frame) -> N
     """Check the rules for one frame; raises ``InvariantError``."""
     union = Permission.NONE
     for gpa in frame.gpas:
-        union |= ept.entry(gpa).permissions
+        entry = ept.entry(gpa)
+        union |= entry.permissions
+        if entry.user_execute and ept.profile.mode_based_execute:
+            union |= Permission.X
     if union & Permission.W and union & Permission.X:
         raise InvariantError(f"frame {frame.hpa:#x} is writable and executable ({union}) in state {frame.state}")
     live = blocks.overlapping(frame.hpa, PAGE)
