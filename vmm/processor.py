@@ -159,7 +159,8 @@ class Processor:
         if monitor.pending:
             self._monitor_trap_exit()
             return
-        self._deliver_what_is_due()
+        if self.pending or self._interrupted:
+            self._deliver_what_is_due()
         if monitor.pending or self.pending or self.state.is_over or self.vcpu.pace.is_over:
             return
         before = cancelling(self.reporter.counts)
@@ -294,10 +295,8 @@ class Processor:
                 self._answer(self._step())
             case (GuestFault() | NonCanonical()) if refusal.access != FETCH and self._is_undefined():
                 self._raise(_UNDEFINED)
-            case GuestFault():
-                self._raise(self._page_fault(refusal))
-            case NonCanonical():
-                self._raise(self._non_canonical(refusal))
+            case GuestFault() | NonCanonical():
+                self._raise(self._fault(refusal))
             case Misconfiguration():
                 self._misconfigured(refusal)
             case LogFull():
@@ -315,18 +314,17 @@ class Processor:
         else:
             self.tlb.report(refusal, self.vcpu.instruction)
 
-    def _page_fault(self, refusal: GuestFault) -> Event:
-        """The #PF that is due; the engine loads before it stores, but a read-modify-write is a write."""
-        instruction, error_code = self.vcpu.instruction, refusal.error_code
+    def _fault(self, refusal: GuestFault | NonCanonical) -> Event:
+        """The #PF, #SS or #GP that is due; the engine loads before it stores, but a read-modify-write is a write."""
+        instruction = self.vcpu.instruction
+        if isinstance(refusal, NonCanonical):
+            stack = refusal.access != FETCH and instruction.uses_stack(refusal.page)
+            return Event(Vector.SS if stack else Vector.GP, EventType.HARDWARE_EXCEPTION, 0)
+        error_code = refusal.error_code
         address = instruction.faulting_address(refusal.page, refusal.access)
         if refusal.access == READ and instruction.modifies(address):
             error_code |= ErrorCode.WRITE
         return Event(Vector.PF, EventType.HARDWARE_EXCEPTION, error_code, cr2=address)
-
-    def _non_canonical(self, refusal: NonCanonical) -> Event:
-        """The #SS or #GP that is due."""
-        stack = refusal.access != FETCH and self.vcpu.instruction.uses_stack(refusal.page)
-        return Event(Vector.SS if stack else Vector.GP, EventType.HARDWARE_EXCEPTION, 0)
 
     def _is_undefined(self) -> bool:
         """Whether the current instruction is none: the engine loads an operand before it finds out."""

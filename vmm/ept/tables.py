@@ -20,6 +20,7 @@ from vmm.ept.bits import (
     LEVELS,
     MEMORY_TYPE_SHIFT,
     READ,
+    SUB_PAGE_WRITE,
     USER_EXECUTE,
     WRITE_BACK,
     page_mask,
@@ -30,6 +31,7 @@ from vmm.ept.entry import EptEntry, Permission, maps_page
 from vmm.ept.log import PageModificationLog
 from vmm.ept.rules import RESERVED_TYPES, EntryRules
 from vmm.ept.structures import ROOT, PagingStructures, check_page
+from vmm.ept.sub_pages import SubPageTable
 from vmm.errors import OptionError
 from vmm.memory import PAGE
 
@@ -60,6 +62,10 @@ class ExtendedPageTables:
         #: Told of each ``write_entry``: the level, and the first GPA that the entry translates.
         self.entry_written: Callable[[int, int], None] | None = None
         self._structures: Final = PagingStructures(self.rules, host_size)
+        #: Sub-page write permissions; None without that control.
+        self.sub_pages: Final = (
+            SubPageTable(self.profile.capabilities.physical_address_width) if self.profile.sub_page_write else None
+        )
         self._leaves: dict[int, Leaf] = {}
         #: By GPA bits 47:21, where the way down is in order: the page table and what the entries above it allow; or,
         #: for a large page, None and the leaf of its first 4 KiB in this region. A paging-structure cache.
@@ -287,6 +293,12 @@ class ExtendedPageTables:
             self._leaves[gpa >> 12] = raw & (ADDRESS_MASK | above)
         else:
             self._leaves.pop(gpa >> 12, None)
+
+    def guard_sub_pages(self, gpa: int, *, guarded: bool) -> None:
+        """Set or clear the sub-page write permission bit of the entry that maps a 4 KiB page."""
+        table = self._structures.table(gpa, 1)
+        index = gpa >> 12 & ENTRIES - 1
+        table[index] = table[index] & ~SUB_PAGE_WRITE | guarded * SUB_PAGE_WRITE
 
     def unmap(self, gpa: int) -> None:
         """Make a 4 KiB page not present; a large page that it lies in is split."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from vmm.ept import ExtendedPageTables, Permission
+from vmm.ept.sub_pages import SubPageTable
 from vmm.errors import InvariantError
 from vmm.exits import FrameEvent
 from vmm.memory import PAGE, GuestMemory
@@ -56,7 +57,7 @@ class FrameControl:
     def permissions(self, frame: Frame) -> Permission:
         """What the EPT allows in the frame's state, when no step is under way."""
         if frame.state is FrameState.DATA or frame.state is FrameState.WINDOW:
-            return RW
+            return Permission.R if frame.guarded else RW
         executable_only = self._ept.profile.capabilities.execute_only and not frame.readable
         return Permission.X if executable_only else RX
 
@@ -134,6 +135,8 @@ class FrameControl:
         restricts its state, until that changes. What was cached is invalidated unless the host does not want that;
         with a change of state it always is.
         """
+        if frame.guarded:
+            self._guard(frame, guarded=False)
         if permissions & Permission.W and frame.state not in (FrameState.DATA, FrameState.WINDOW):
             self.move(frame, FrameState.DATA, "host")
         elif (permissions & Permission.X or user_execute) and not self._is_code(frame):
@@ -145,6 +148,21 @@ class FrameControl:
         user = "" if user_execute is None else "u" if user_execute else "-"
         self._report(frame, frame.state.value, f"{permissions}{user}", "host")
         self._verify(frame)
+
+    def protect_sub_pages(self, frame: Frame, table: SubPageTable, writable: int) -> None:
+        """Make a frame data of which only some sub-pages may be written: those of the 32 bits of ``writable``."""
+        if frame.state not in (FrameState.DATA, FrameState.WINDOW):
+            self.move(frame, FrameState.DATA, "host")
+        self._protect(frame, Permission.R)
+        self._guard(frame, guarded=True)
+        for gpa in frame.gpas:
+            table.permit(gpa, writable)
+        self._report(frame, frame.state.value, f"sub-pages {writable:#x}", "host")
+
+    def _guard(self, frame: Frame, *, guarded: bool) -> None:
+        frame.guarded = guarded
+        for gpa in frame.gpas:
+            self._ept.guard_sub_pages(gpa, guarded=guarded)
 
     @staticmethod
     def _is_code(frame: Frame) -> bool:
