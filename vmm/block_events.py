@@ -11,6 +11,7 @@ from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames
 from vmm.pace import places, width
 from vmm.reporter import Reporter
+from vmm.tlb.strict import changes_mappings
 from vmm.translation import Auditor, Block, BlockCache, Span
 from vmm.vcpu import VirtualCpu
 
@@ -18,7 +19,8 @@ from vmm.vcpu import VirtualCpu
 class BlockEvents:
     """Takes each new translation of a vCPU into the block cache; follows block entries where somebody wants that.
 
-    ``step_over`` has a block stepped that the engine would execute wrongly, that synchronises, or that is monitored.
+    ``step_over`` has a block stepped that the engine would execute wrongly, that is monitored, or in which an
+    instruction has to be noticed.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class BlockEvents:
         view = self._vcpu.view
         if view is not None and view.sanitizer.wants_steps(code, width(mode)):
             return "synchronises"
+        if self._vcpu.strict and changes_mappings(code, width(mode)):
+            return "invalidates translations"
         return ""
 
     def _completed(self, block: Block, count: int) -> None:

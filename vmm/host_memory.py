@@ -14,6 +14,7 @@ from vmm.inputs import Alias, Approve, Inputs, Protect, ProtectSubPages, Seal, W
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.mmu import Mmu
+from vmm.tlb import StrictTlb
 from vmm.translation import BlockCache
 from vmm.trap.door import Door
 from vmm.trap.frames import FrameControl
@@ -42,6 +43,8 @@ class HostMemory:
     keeps_wx: bool
     current: Callable[[], Mmu]
     flush: Callable[[], None]
+    #: Strict staleness, None without it.
+    tlb: StrictTlb | None = None
 
     def read(self, gpa: int, size: int) -> bytes:
         """See ``Machine.read``."""
@@ -53,7 +56,10 @@ class HostMemory:
         self._refuse_sealed(places, "write")
         pieces = [(hpa, where, data[where - gpa : where - gpa + length]) for hpa, where, length in places]
         with self.inputs.during(Write(gpa, data)):
+            before = {} if self.tlb is None else self.tlb.snapshot(hpa for hpa, _, _ in places)
             self.door.write(pieces, cause="host", mmu=self.current())
+            if self.tlb is not None:
+                self.tlb.written(before, None)
             if any(self.frames.is_system(hpa) for hpa, _, _ in places):
                 for vcpu in self.vcpus:
                     vcpu.mmu.tables_changed()
@@ -76,7 +82,15 @@ class HostMemory:
                 vcpu.mmu.frames_changed()
             self.flush()
 
-    def protect(self, gpa: int, size: int, access: Permission, *, user_execute: bool | None = None) -> None:
+    def protect(
+        self,
+        gpa: int,
+        size: int,
+        access: Permission,
+        *,
+        user_execute: bool | None = None,
+        invalidate: bool = True,
+    ) -> None:
         """See ``Machine.protect``."""
         executable = bool(access & Permission.X or user_execute)
         if access & Permission.W and executable:
@@ -89,10 +103,14 @@ class HostMemory:
             self._refuse_sealed(places, "protect")
         if executable and self.keeps_wx:
             self._refuse_unapproved(places)
-        with self.inputs.during(Protect(gpa, size, access, user_execute)):
+        with self.inputs.during(Protect(gpa, size, access, user_execute, invalidate)):
             for hpa, where, _ in places:
-                self.control.protect(self.frames.at(hpa), access, where & -PAGE, user_execute=user_execute)
-            self.flush()
+                frame, page = self.frames.at(hpa), where & -PAGE
+                self.control.protect(frame, access, page, user_execute=user_execute, invalidate=invalidate)
+                if not invalidate and self.tlb is not None:
+                    self.tlb.ept_entry_changed("EPT PTE", page)
+            if invalidate:
+                self.flush()
 
     def protect_sub_pages(self, gpa: int, writable: int) -> None:
         """See ``Machine.protect_sub_pages``."""
@@ -140,6 +158,8 @@ class HostMemory:
             old.gpas.remove(gpa)
         frame.gpas.append(gpa)
         self.ept.map(gpa, frame.hpa, self.control.permissions(frame))
+        if self.tlb is not None:
+            self.tlb.invalidate_gpa(gpa)
 
     def _refuse_sealed(self, places: list[Place], what: str) -> None:
         for hpa, where, _ in places:

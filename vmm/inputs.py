@@ -131,10 +131,41 @@ class Protect(Input):
     size: int
     access: Permission
     user_execute: bool | None = None
+    #: Whether what was cached was invalidated.
+    invalidate: bool = True
 
     def apply(self, machine: Machine) -> None:
         """Protect."""
-        machine.protect(self.gpa, self.size, self.access, user_execute=self.user_execute)
+        user, invalidate = self.user_execute, self.invalidate
+        machine.protect(self.gpa, self.size, self.access, user_execute=user, invalidate=invalidate)
+
+
+@frozen(slots=True)
+class Invept(Input):
+    """INVEPT by the host: of the EPT that ``eptp`` selects, None for all."""
+
+    name: ClassVar[str] = "invept"
+
+    eptp: int | None
+
+    def apply(self, machine: Machine) -> None:
+        """Invalidate."""
+        machine.invept(self.eptp)
+
+
+@frozen(slots=True)
+class Invvpid(Input):
+    """INVVPID by the host, of a type 0 to 3; ``vpid`` and ``linear`` as far as the type has them."""
+
+    name: ClassVar[str] = "invvpid"
+
+    type: int
+    vpid: int | None
+    linear: int | None
+
+    def apply(self, machine: Machine) -> None:
+        """Invalidate."""
+        machine.invvpid(self.type, vpid=self.vpid, linear=self.linear)
 
 
 @frozen(slots=True)
@@ -222,6 +253,20 @@ class Reveal(Input):
         if self.number >= len(patches):
             raise OptionError(f"hidden patch {self.number}", where="reveal", fix="name one that there is")
         patches[self.number].remove()
+
+
+@frozen(slots=True)
+class MonitorTrap(Input):
+    """The host switched the monitor trap flag of a vCPU."""
+
+    name: ClassVar[str] = "monitor_trap_flag"
+
+    vcpu: int
+    on: bool
+
+    def apply(self, machine: Machine) -> None:
+        """Switch it."""
+        machine.monitor_trap_flag(self.vcpu, on=self.on)
 
 
 @frozen(slots=True)
@@ -409,6 +454,7 @@ def _optional(read: Callable[[Any], T], value: object) -> T | None:
 
 _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "int": _number,
+    "int | None": lambda value: _optional(_number, value),
     "bool": _boolean,
     "bool | None": lambda value: _optional(_boolean, value),
     "bytes": _bytes,

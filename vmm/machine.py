@@ -14,6 +14,7 @@ from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Wor
 from vmm.devices.from_manifest import attach_inputs
 from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
 from vmm.ept import ExtendedPageTables, Permission
+from vmm.ept.bits import ADDRESS_MASK
 from vmm.errors import OptionError
 from vmm.exits import End, FrameEvent, Record
 from vmm.guest import boot
@@ -22,7 +23,7 @@ from vmm.guest.loader import Guest, load_guest
 from vmm.guest.manifest import WorkpieceSpec
 from vmm.host_memory import HostMemory
 from vmm.host_monitors import HostMonitors
-from vmm.inputs import Answer, DrainLog, Inject, Inputs, Interrupt, Stop
+from vmm.inputs import Answer, DrainLog, Inject, Inputs, Interrupt, Invept, Invvpid, MonitorTrap, Stop
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
@@ -36,6 +37,7 @@ from vmm.run_loop import RunLoop
 from vmm.run_options import RunOptions, with_policy
 from vmm.run_state import RunState
 from vmm.scheduler import Scheduler
+from vmm.tlb import StrictTlb
 from vmm.translation import BlockCache
 from vmm.trap.door import Door
 from vmm.trap.frames import RW, RWX, FrameControl, verify_frame
@@ -87,6 +89,8 @@ class Machine:
             check=self.options.check,
         )
         self.state: Final = RunState(self.reporter, self._stop_engines)
+        #: Strict staleness (``docs/tlb.md``); None where translations are cached as it comes.
+        self.tlb: Final = self._make_tlb() if guest.manifest.policy.tlb == "strict" else None
         #: Watches for stale code under a weaker coherence model; None where code is coherent.
         self.sanitizer: Final = None if model is Coherence.COHERENT else self._make_sanitizer(model, len(state.cpus))
         #: The vCPUs, by number.
@@ -105,6 +109,7 @@ class Machine:
             keeps_wx=self.keeps_wx,
             current=lambda: self._current.mmu,
             flush=self._flush,
+            tlb=self.tlb,
         )
         #: How the run ended, once it has.
         self.end: End | None = None
@@ -233,6 +238,19 @@ class Machine:
         self.inputs.note(Interrupt(vector, vcpu))
         self._raise_interrupt(event.vector, vcpu)
 
+    def monitor_trap_flag(self, vcpu: int = 0, *, on: bool = True) -> None:
+        """Switch the "monitor trap flag" VM-execution control of a vCPU (SDM vol. 3, 26.5.2).
+
+        While it is on, the vCPU executes one instruction, or is delivered one event, at a time, with an ``Mtf`` exit
+        after each that no other exit came before. Injecting ``Event(0, EventType.OTHER_EVENT)`` makes one exit
+        pending whatever the control says. Raises ``OptionError`` for a vCPU that there is not.
+        """
+        if not 0 <= vcpu < len(self.vcpus):
+            fix = f"there are {len(self.vcpus)}, counted from 0"
+            raise OptionError(f"vCPU {vcpu}", where="monitor_trap_flag", fix=fix)
+        self.inputs.note(MonitorTrap(vcpu, on))
+        self.loop.processors[vcpu].monitor_trap.control = on
+
     def answer(self, value: int) -> None:
         """Let the IN whose exit is being reported read ``value``, cut to its size."""
         self.inputs.note(Answer(value))
@@ -268,16 +286,25 @@ class Machine:
         """
         self.host_memory.alias(gpa, target, size)
 
-    def protect(self, gpa: int, size: int, access: Permission, *, user_execute: bool | None = None) -> None:
+    def protect(
+        self,
+        gpa: int,
+        size: int,
+        access: Permission,
+        *,
+        user_execute: bool | None = None,
+        invalidate: bool = True,
+    ) -> None:
         """Change what the EPT allows for whole pages until the next change of their frame's state.
 
         With mode-based execute control ``user_execute`` says whether to allow fetches from user-mode linear addresses;
-        X is then for supervisor-mode ones only. None: as X says.
+        X is then for supervisor-mode ones only. None: as X says. Without ``invalidate`` there is no INVEPT after it,
+        so that processors may go on by what they have cached.
 
         Raises ``OptionError`` for writable and executable together, which no frame ever is, for sealed frames
         that are to be writable, and for frames that a W^X policy has not approved and that are to be executable.
         """
-        self.host_memory.protect(gpa, size, access, user_execute=user_execute)
+        self.host_memory.protect(gpa, size, access, user_execute=user_execute, invalidate=invalidate)
 
     def protect_sub_pages(self, gpa: int, writable: int) -> None:
         """Make the page at ``gpa`` read-only but for some of its sub-pages of 128 bytes (SDM vol. 3, 29.3.4).
@@ -316,12 +343,32 @@ class Machine:
         with self.inputs.during(DrainLog(clean)):
             return self._log.drain(clean=clean)
 
-    def invept(self) -> None:
-        """Forget every cached translation, as INVEPT does: what a change of entries in ``ept`` itself asks for.
+    def invept(self, eptp: int | None = None) -> None:
+        """INVEPT on every vCPU, single-context for the EPT that ``eptp`` selects or, with None, all-context.
 
+        It is what a change of entries in ``ept`` itself asks for (SDM vol. 3, 29.4.3.1).
         ``ept.write_entry`` changes what the processor finds, whatever the state of the frames; to have a GPA lead
         elsewhere for good, or to allow more or less, use ``alias`` and ``protect``, which know about code.
         """
+        self.inputs.note(Invept(eptp))
+        if self.tlb is not None:
+            self.tlb.invept(None if eptp is None else eptp & ADDRESS_MASK)
+        self._flush()
+
+    def invvpid(self, type: int, *, vpid: int | None = None, linear: int | None = None) -> None:  # noqa: A002 - the manual's word
+        """INVVPID of a type: 0 individual address, 1 single context, 2 all contexts, 3 single context but globals.
+
+        ``vpid`` is the number of a vCPU plus 1, for all types but 2; ``linear`` an address, for type 0. Raises
+        ``OptionError`` for anything else (SDM vol. 3, 31.3, INVVPID).
+        """
+        if type not in range(4) or (vpid is None) != (type == 2) or (linear is None) != (type != 0):
+            what = f"INVVPID of type {type} with VPID {vpid} and address {linear}"
+            raise OptionError(what, where="invvpid", fix="give types 0, 1 and 3 a VPID, and type 0 an address")
+        if vpid is not None and not 1 <= vpid <= len(self.vcpus):
+            raise OptionError(f"VPID {vpid}", where="invvpid", fix=f"there are 1 to {len(self.vcpus)}")
+        self.inputs.note(Invvpid(type, vpid, linear))
+        if self.tlb is not None:
+            self.tlb.invvpid(type, vpid, linear)
         self._flush()
 
     def verify(self) -> None:
@@ -391,6 +438,11 @@ class Machine:
         return 0 if self.sanitizer is None else self.sanitizer.found
 
     @property
+    def stale_translations(self) -> int:
+        """Uses of stale translations that were reported, under strict staleness."""
+        return 0 if self.tlb is None else self.tlb.found
+
+    @property
     def seed(self) -> int:
         """The seed of the interleaving, from the options or the manifest: 64 bits."""
         return self.guest.manifest.schedule.seed if self.options.seed is None else self.options.seed
@@ -409,6 +461,12 @@ class Machine:
         self.reporter.interactive = True  # so that what is stale is reported before the exit that comes after it
         return sanitizer
 
+    def _make_tlb(self) -> StrictTlb:
+        tlb = StrictTlb(self.memory, self.reporter, self._flush)
+        self.control.invalidate = tlb.invalidate_gpa
+        self.ept.entry_written = tlb.ept_entry_written
+        return tlb
+
     def _make_vcpu(self, number: int) -> VirtualCpu:
         exits = InstructionExits(self.ports, self.reporter)
         vcpu = VirtualCpu(
@@ -421,6 +479,7 @@ class Machine:
             hears_entries=self.options.audit or self._several or self.sanitizer is not None,
             counts_entries=self.guest.is_pc,
             view=None if self.sanitizer is None else FetchView(self.sanitizer, number),
+            tlb=self.tlb,
         )
         vcpu.pace.counts = self._several or self.sanitizer is not None
         exits.instruction = vcpu.instruction
@@ -457,7 +516,9 @@ class Machine:
                 self.ept, self.ept.sub_pages, vcpu.instruction, self.reporter, finish=self.state.finish
             )
         stepped = self.options.single_step or not self.options.traps
-        processor = Processor(vcpu, trap, self.blocks, self.reporter, linear, self.state, stepped)
+        if self.tlb is not None:
+            trap.stepped = self.tlb.written
+        processor = Processor(vcpu, trap, self.blocks, self.reporter, linear, self.state, stepped, self.tlb)
         self._exits[vcpu.number].inject = processor.pending.append
         return processor
 

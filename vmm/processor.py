@@ -24,14 +24,19 @@ from vmm.mmu import (
     LogIsFull,
     Misconfiguration,
     NonCanonical,
+    StaleUse,
+    Stepwise,
+    Unflushed,
     Unjudged,
     UnmappedStructure,
     Violation,
     Watched,
 )
+from vmm.monitor_trap import MonitorTrapFlag, cancelling
 from vmm.paging.access import ErrorCode
 from vmm.reporter import Reporter
 from vmm.run_state import RunState
+from vmm.tlb import StrictTlb
 from vmm.translation import BlockCache, Span
 from vmm.trap.log import LogKeeper
 from vmm.trap.policy import DeniedAbove, Trap, UnmappedAccess
@@ -39,6 +44,7 @@ from vmm.trap.refusal import RunEnded
 from vmm.vcpu import VirtualCpu
 
 _UNDEFINED: Final = Event(Vector.UD, EventType.HARDWARE_EXCEPTION)
+_RFLAGS_TF: Final = 1 << 8
 _RFLAGS_IF: Final = 1 << 9
 _VMCALL: Final = b"\x0f\x01\xc1"
 
@@ -59,6 +65,8 @@ class Processor:
     linear: LinearMemory
     state: RunState
     single_step: bool
+    #: Strict staleness, None without it.
+    tlb: StrictTlb | None = None
     pending: deque[Event] = field(factory=deque)
     interrupts: set[int] = field(factory=set)
     #: The devices around it; None for a processor that has nothing but ports.
@@ -67,6 +75,7 @@ class Processor:
     log: LogKeeper | None = None
     #: Whether it waits at a HLT.
     halted: bool = False
+    monitor_trap: MonitorTrapFlag = field(factory=MonitorTrapFlag)
     _stepped_block: tuple[tuple[Span, ...], str] = ((), "")
 
     @property
@@ -90,8 +99,13 @@ class Processor:
         while not (state.is_over or self.halted or pace.is_over):
             if self.board is not None:
                 self.board.settle()
+            if self.monitor_trap.watches():
+                self._monitored()
+                continue
             if self.pending or self._interrupted:
                 self._deliver_what_is_due()
+                if self.monitor_trap.watches():
+                    continue
             if state.ending is None and not pace.is_over:
                 stop = self._enter()
                 if not (stop is Stop.REFUSED and pace.is_over):  # the first fetch of the next turn, which will see
@@ -115,6 +129,7 @@ class Processor:
         view, pc = self.vcpu.view, context.pc
         code, bits = (self.vcpu.instruction.code, context.code_bits) if view is not None else (b"", 64)
         control = (context.cr0, context.cr3, context.cr4)
+        address = None if self.tlb is None else self._invalidated(decoded)
         if self.board is not None:
             self.board.spend()
         try:
@@ -127,8 +142,54 @@ class Processor:
         if outcome is None and decoded.is_hlt:
             return Stop.HALT
         if decoded.changes_mappings or control != (context.cr0, context.cr3, context.cr4):
+            if self.tlb is not None and outcome is None:
+                now = (context.cr0, context.cr3, context.cr4)
+                self.tlb.executed(self.vcpu.number, decoded, address, control, now)
             self.vcpu.free.flush_tlb()
         return outcome
+
+    def _invalidated(self, decoded: Decoded) -> int | None:
+        """The linear address that INVLPG is about to invalidate; None for any other instruction."""
+        return self.vcpu.instruction.address_of(decoded.operands[0]) if decoded.is_invlpg else None
+
+    # With the monitor trap flag
+
+    def _monitored(self) -> None:
+        """A pending MTF exit, or the delivery of one event, or one instruction (see ``vmm.monitor_trap``)."""
+        monitor = self.monitor_trap
+        if monitor.pending:
+            self._monitor_trap_exit()
+            return
+        if self.pending or self._interrupted:
+            self._deliver_what_is_due()
+        if monitor.pending or self.pending or self.state.is_over or self.vcpu.pace.is_over:
+            return
+        before = cancelling(self.reporter.counts)
+        if self._monitored_step(before) and before == cancelling(self.reporter.counts):
+            monitor.pending = monitor.control
+
+    def _monitored_step(self, exits_before: int) -> bool:
+        """Execute one instruction, or iteration of a REP, and answer what comes of it; whether it completed."""
+        context = self.vcpu.context
+        traps = context.rflags & _RFLAGS_TF
+        repeated = self.vcpu.instruction.decoded
+        stop = self._step()
+        if stop is None and repeated.repeats and context.gprs[1] & repeated.operands[0].mask == 0:
+            stop = self._step()  # quirk "rep-end"
+        if stop is Stop.INTERRUPT and traps and context.vector == Vector.DB and not context.by_instruction:
+            debug = self.vcpu.exception()
+            if exits_before == cancelling(self.reporter.counts):
+                self._monitor_trap_exit()
+            self._raise(debug)
+        else:
+            self._answer(stop)
+        return stop in (None, Stop.SYSCALL)
+
+    def _monitor_trap_exit(self) -> None:
+        self.monitor_trap.pending = False
+        self.reporter.count(ExitReason.MTF)
+        if self.reporter.observed:
+            self.reporter.exit(exits.Mtf(rip=self.vcpu.context.pc))
 
     def _line_of(self, decoded: Decoded) -> int | None:
         """The HPA that the memory operand of an instruction names; None if nothing is mapped there."""
@@ -157,7 +218,8 @@ class Processor:
     def _is_wanted_outside(self) -> bool:
         """Whether the run loop has something to do before the next instruction."""
         taken = self._interrupted and self._interruptible
-        return self.state.is_over or self.vcpu.pace.is_over or bool(self.pending) or taken
+        over = self.state.is_over or self.vcpu.pace.is_over or self.monitor_trap.watches()
+        return over or bool(self.pending) or taken
 
     def _deliver_what_is_due(self) -> None:
         """Inject pending events, then an external interrupt if the guest takes one at this boundary."""
@@ -221,6 +283,8 @@ class Processor:
         match refusal:
             case (Violation() | Unjudged() | Watched()) if self._is_stepped_first(refusal):
                 self._answer(self._step())
+            case Stepwise() | Unflushed() | StaleUse():
+                self._answer_strictly(refusal)
             case Unjudged():
                 self._answer(self.trap.answer_use(refusal))
             case Violation():
@@ -232,12 +296,8 @@ class Processor:
                 self._answer(self._step())
             case (GuestFault() | NonCanonical()) if refusal.access != FETCH and self._is_undefined():
                 self._raise(_UNDEFINED)
-            case GuestFault():
-                self._raise(self._page_fault(refusal))
-            case NonCanonical():
-                stack = refusal.access != FETCH and self.vcpu.instruction.uses_stack(refusal.page)
-                vector = Vector.SS if stack else Vector.GP
-                self._raise(Event(vector, EventType.HARDWARE_EXCEPTION, 0))
+            case GuestFault() | NonCanonical():
+                self._raise(self._fault(refusal))
             case Misconfiguration():
                 self._misconfigured(refusal)
             case LogFull():
@@ -245,9 +305,23 @@ class Processor:
             case None:
                 raise AssertionError("a fill was refused without a reason")
 
-    def _page_fault(self, refusal: GuestFault) -> Event:
-        """The #PF that is due; the engine loads before it stores, but a read-modify-write is a write."""
-        instruction, error_code = self.vcpu.instruction, refusal.error_code
+    def _answer_strictly(self, refusal: Stepwise | Unflushed | StaleUse) -> None:
+        """Strict staleness: step, or flush the engines, or put on record what is owed to a stale mapping."""
+        assert self.tlb is not None
+        if isinstance(refusal, Unflushed):
+            self.tlb.flush()
+        elif isinstance(refusal, Stepwise) or self._is_early(refusal.page, refusal.access):
+            self._answer(self._step())
+        else:
+            self.tlb.report(refusal, self.vcpu.instruction)
+
+    def _fault(self, refusal: GuestFault | NonCanonical) -> Event:
+        """The #PF, #SS or #GP that is due; the engine loads before it stores, but a read-modify-write is a write."""
+        instruction = self.vcpu.instruction
+        if isinstance(refusal, NonCanonical):
+            stack = refusal.access != FETCH and instruction.uses_stack(refusal.page)
+            return Event(Vector.SS if stack else Vector.GP, EventType.HARDWARE_EXCEPTION, 0)
+        error_code = refusal.error_code
         address = instruction.faulting_address(refusal.page, refusal.access)
         if refusal.access == READ and instruction.modifies(address):
             error_code |= ErrorCode.WRITE
@@ -273,7 +347,7 @@ class Processor:
 
     def _raise(self, event: Event) -> None:
         """An exception or software interrupt of the guest: a VM exit, then its delivery."""
-        if event.type is EventType.SOFTWARE_INTERRUPT:
+        if event.type in (EventType.SOFTWARE_INTERRUPT, EventType.OTHER_EVENT):
             self._deliver(event)
             return
         self.reporter.count(ExitReason.EXCEPTION_OR_NMI)
@@ -292,6 +366,9 @@ class Processor:
 
     def _deliver(self, event: Event) -> None:
         context = self.vcpu.context
+        if event.type is EventType.OTHER_EVENT:
+            self.monitor_trap.pending = True
+            return
         self.vcpu.pace.spend()
         try:
             delivered = deliver(context, self.linear, event)
@@ -311,6 +388,7 @@ class Processor:
             self.pending.appendleft(event)
             return
         context.end_shadow()
+        self.monitor_trap.pending = self.monitor_trap.control
         if self.reporter.observed:
             done = delivered.event
             name = done.type.name.lower().replace("_", " ")

@@ -41,6 +41,17 @@ def test_q22_going_back_from_count_to_free_running_drops_all_blocks() -> None:
     assert [pc for pc, _ in again] == [CODE, CODE + 2]
 
 
+def test_q27_the_end_of_a_rep_is_a_step_of_its_own() -> None:
+    b = Bare()
+    b.put(CODE, "rep stosb; hlt")
+    b["rcx"], b["rdi"] = 2, DATA
+    seen = []
+    for _ in range(3):
+        assert b.run(count=1) == OK
+        seen.append((b.pc, b["rcx"], b["rdi"]))
+    assert seen == [(CODE, 1, DATA + 1), (CODE, 0, DATA + 2), (CODE + 2, 0, DATA + 2)]
+
+
 # A store into the block that it is in: mov byte [rdi], 0x90 turns "clc" into "nop".
 OWN_BLOCK = b"\xc6\x07\x90" + b"\xf8" + HLT
 

@@ -9,7 +9,7 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [[vcpu]]   the same, for each further vCPU
     [schedule] seed, quantum: how the vCPUs take turns
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
-    [policy]   reads, writes, code, coherence, wx
+    [policy]   reads, writes, code, coherence, wx, tlb
     [ept]      profile, switches, [ept.capabilities] and [[ept.map]]: see ``vmm.guest.ept``
     [console]  port: what the guest writes there is its printed output
     [input]    port, file: what the guest reads there
@@ -82,7 +82,7 @@ MANIFEST_LIMIT: Final = 1 << 20
 _MAPS_LIMIT: Final = 1024
 _MAPPED_LIMIT: Final = 4 << 30
 _NAME_LENGTH: Final = 100
-_POLICY_KEYS: Final = ("reads", "writes", "code", "coherence", "wx")
+_POLICY_KEYS: Final = ("reads", "writes", "code", "coherence", "wx", "tlb")
 _FLAWS_LIMIT: Final = 1024
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
@@ -173,6 +173,7 @@ class Policy:
     code: Literal["load", "fetch", "seal"] = "fetch"
     coherence: Literal["coherent", "serialised", "explicit"] = "coherent"
     wx: Literal["off", "fault", "stop"] = "off"
+    tlb: Literal["loose", "strict"] = "loose"
 
     @property
     def loads_code(self) -> bool:
@@ -568,6 +569,7 @@ def _policy(table: Table, machine: MachineSpec, image: Image, paging: Paging | N
         code=table.choice("code", ("load", "fetch", "seal"), default="load" if image.format == "elf64" else "fetch"),
         coherence=table.choice("coherence", ("coherent", "serialised", "explicit"), default="coherent"),
         wx=table.choice("wx", ("off", "fault", "stop"), default="off"),
+        tlb=table.choice("tlb", ("loose", "strict"), default="loose"),
     )
     if policy.wx != "off" and not _has_page_tables(machine, paging):
         what = "without page tables everything is writable and executable"
@@ -575,6 +577,9 @@ def _policy(table: Table, machine: MachineSpec, image: Image, paging: Paging | N
     if policy.wx != "off" and policy.coherence != "coherent":
         what = "frames that must be approved have no stale code"
         raise table.error("wx", what, 'remove wx, or set coherence = "coherent"')
+    if policy.tlb == "strict" and policy.coherence != "coherent":
+        what = "stale translations and stale code are looked for one at a time"
+        raise table.error("tlb", what, 'set tlb = "loose", or coherence = "coherent"')
     return policy
 
 

@@ -54,6 +54,11 @@ class StepMemory:
         """The instruction."""
         return self._decoded
 
+    @property
+    def pc(self) -> int:
+        """The linear address of the instruction."""
+        return self._pc
+
     def begin(self, *, arrived: bool) -> None:
         """The next fills are for the instruction at RIP.
 

@@ -50,7 +50,8 @@ Control = tuple[int, int, int, int, bool]
 #: Answers a fill: (linear page, access) -> host address | permissions, or 0 to refuse.
 Fill = Callable[[int, int], int]
 
-_ACCESS: Final = {READ: Access.READ, WRITE: Access.WRITE, FETCH: Access.FETCH}
+#: The accesses of a fill in the words of ``vmm.paging``.
+ACCESSES: Final = {READ: Access.READ, WRITE: Access.WRITE, FETCH: Access.FETCH}
 _NEEDED: Final = {READ: R, WRITE: W, FETCH: X}
 #: What a leaf says of flags of the EPT that an access may have to set.
 _FLAGS_TO_SET: Final = CLEAN | HELD
@@ -239,7 +240,7 @@ class Mmu:
             return None
         trail: list[tuple[int, int]] = []
         try:
-            translation = walk(self.structures, mode, cr3, page, _ACCESS[access], user=user, trail=trail)
+            translation = walk(self.structures, mode, cr3, page, ACCESSES[access], user=user, trail=trail)
         except PageFault as fault:
             if not (user and fault.error_code & 1 and self._is_system_access(engine, page, access)):
                 self.refusal = GuestFault(page, access, fault.error_code)
@@ -291,7 +292,7 @@ class Mmu:
         self, mode: PagingMode, cr3: int, page: int, access: int
     ) -> tuple[Translation, int] | None:
         try:
-            translation = walk(self.structures, mode, cr3, page, _ACCESS[access], user=False, implicit=True)
+            translation = walk(self.structures, mode, cr3, page, ACCESSES[access], user=False, implicit=True)
         except PageFault as fault:
             self.refusal = GuestFault(page, access, fault.error_code)
             return None

@@ -56,6 +56,8 @@ class FrameControl:
         self._window_closed = window_closed
         self._reporter = reporter
         self._check = check
+        #: Under strict staleness told of each GPA whose entry was changed and invalidated.
+        self.invalidate: Callable[[int], None] | None = None
 
     def permissions(self, frame: Frame) -> Permission:
         """What the EPT allows in the frame's state, when no step is under way."""
@@ -126,12 +128,19 @@ class FrameControl:
             self._verify(frame)
 
     def protect(
-        self, frame: Frame, permissions: Permission, gpa: int, *, user_execute: bool | None = None
+        self,
+        frame: Frame,
+        permissions: Permission,
+        gpa: int,
+        *,
+        user_execute: bool | None = None,
+        invalidate: bool = True,
     ) -> None:
         """Change what the EPT allows for one GPA of a frame, at the host's wish.
 
         A frame that is to be writable is data from then on, one that is to be executable is code. Anything less
-        restricts its state, until that changes.
+        restricts its state, until that changes. What was cached is invalidated unless the host does not want that;
+        with a change of state it always is.
         """
         if frame.guarded:
             self._guard(frame, guarded=False)
@@ -140,6 +149,8 @@ class FrameControl:
         elif (permissions & Permission.X or user_execute) and not self._is_code(frame):
             self.move(frame, FrameState.CODE, "host")
         self._ept.protect(gpa, permissions, user_execute=user_execute)
+        if invalidate and self.invalidate is not None:
+            self.invalidate(gpa)
         frame.overridden = True
         user = "" if user_execute is None else "u" if user_execute else "-"
         self._report(frame, frame.state.value, f"{permissions}{user}", "host")
@@ -171,6 +182,8 @@ class FrameControl:
     def _protect(self, frame: Frame, permissions: Permission) -> None:
         for gpa in frame.gpas:
             self._ept.protect(gpa, permissions)
+            if self.invalidate is not None:
+                self.invalidate(gpa)
 
     def _verify(self, frame: Frame) -> None:
         if self._check:

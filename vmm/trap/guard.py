@@ -14,7 +14,7 @@ from attrs import define, field
 
 from vmm.cpu.context import Context
 from vmm.cpu.engine import READ, Stop
-from vmm.cpu.events import Vector
+from vmm.cpu.events import Event, Vector
 from vmm.ept import Permission
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
@@ -110,6 +110,11 @@ class StepGuard:
         context = context or self.vcpu.context
         after = context.pc != self._pc or context.vector == Vector.DB
         return stop is Stop.STEPPED or (stop is Stop.INTERRUPT and after)
+
+    def trapped(self, outcome: Stop | Event | None) -> bool:
+        """Whether the instruction completed and ends in a debug trap, before which an MTF exit comes."""
+        context = self.vcpu.context
+        return outcome is Stop.INTERRUPT and context.vector == Vector.DB and not context.by_instruction
 
     def close(self) -> list[Entry]:
         """Restore execute-only and drop what is stale; what the instruction changed in code frames, for ``publish``."""

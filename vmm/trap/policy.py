@@ -19,6 +19,7 @@ window is refused.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from attrs import define, frozen
@@ -91,6 +92,8 @@ class Trap:
     guard: StepGuard
     reporter: Reporter
     refusals: Refusals
+    #: Under strict staleness told of each stepped instruction: what it may have written, from before, and its address.
+    stepped: Callable[[Mapping[int, bytes], int], None] | None = None
     #: Judges stores to guarded frames; None without sub-page write permissions.
     sub_pages: SubPages | None = None
     #: Tells monitors of what instructions do; None while there are none.
@@ -140,8 +143,10 @@ class Trap:
                 self.watcher.look(outcome)
         finally:
             entries = guard.close()
+        if self.stepped is not None:
+            self.stepped(guard.vcpu.step_memory.undo, guard.vcpu.step_memory.pc)
         try:
-            if guard.exited and outcome is Stop.STEPPED:
+            if guard.exited and (outcome is Stop.STEPPED or guard.trapped(outcome)):
                 self.reporter.count(ExitReason.MTF)
                 if self.reporter.observed:
                     self.reporter.exit(Mtf(rip=guard.vcpu.context.pc))
