@@ -8,8 +8,9 @@ from attrs import define
 
 from vmm.ept import ExtendedPageTables, Permission
 from vmm.ept.bits import GPA_LIMIT
+from vmm.ept.sub_pages import SUB_PAGES
 from vmm.errors import OptionError
-from vmm.inputs import Alias, Approve, Inputs, Protect, Seal, Write
+from vmm.inputs import Alias, Approve, Inputs, Protect, ProtectSubPages, Seal, Write
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.mmu import Mmu
@@ -75,18 +76,37 @@ class HostMemory:
                 vcpu.mmu.frames_changed()
             self.flush()
 
-    def protect(self, gpa: int, size: int, access: Permission) -> None:
+    def protect(self, gpa: int, size: int, access: Permission, *, user_execute: bool | None = None) -> None:
         """See ``Machine.protect``."""
-        if access & Permission.W and access & Permission.X:
+        executable = bool(access & Permission.X or user_execute)
+        if access & Permission.W and executable:
             raise OptionError(f"access {access}", where="protect", fix="a frame is writable or executable, never both")
+        if user_execute is not None and not self.ept.profile.mode_based_execute:
+            fix = "give a profile with mode_based_execute"
+            raise OptionError("fetches from user-mode addresses cannot be told from others", where="protect", fix=fix)
         places = self.places(gpa & -PAGE, size + gpa % PAGE)
         if access & Permission.W:
             self._refuse_sealed(places, "protect")
-        if access & Permission.X and self.keeps_wx:
+        if executable and self.keeps_wx:
             self._refuse_unapproved(places)
-        with self.inputs.during(Protect(gpa, size, access)):
+        with self.inputs.during(Protect(gpa, size, access, user_execute)):
             for hpa, where, _ in places:
-                self.control.protect(self.frames.at(hpa), access, where & -PAGE)
+                self.control.protect(self.frames.at(hpa), access, where & -PAGE, user_execute=user_execute)
+            self.flush()
+
+    def protect_sub_pages(self, gpa: int, writable: int) -> None:
+        """See ``Machine.protect_sub_pages``."""
+        table = self.ept.sub_pages
+        if table is None:
+            fix = "give a profile with sub_page_write"
+            raise OptionError("the processor has no sub-page permissions", where="protect_sub_pages", fix=fix)
+        if gpa % PAGE or not 0 <= writable < 1 << SUB_PAGES:
+            what = f"sub-pages {writable:#x} of GPA {gpa:#x}"
+            raise OptionError(what, where="protect_sub_pages", fix="give a multiple of 4096, and 32 bits")
+        places = self.places(gpa, PAGE)
+        self._refuse_sealed(places, "protect_sub_pages")
+        with self.inputs.during(ProtectSubPages(gpa, writable)):
+            self.control.protect_sub_pages(self.frames.at(places[0][0]), table, writable)
             self.flush()
 
     def approve(self, gpa: int, size: int) -> None:

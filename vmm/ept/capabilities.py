@@ -42,7 +42,7 @@ _MSR_BITS: Final = {
     "invvpid_all_contexts": 42,
     "invvpid_retaining_globals": 43,
 }
-_CTLS2_BITS: Final = {"page_modification_log": 49, "mode_based_execute": 54}
+_CTLS2_BITS: Final = {"page_modification_log": 49, "mode_based_execute": 54, "sub_page_write": 55}
 
 
 @frozen(slots=True, kw_only=True)
@@ -63,6 +63,7 @@ class Capabilities:
     advanced_information: bool = False
     mode_based_execute: bool = True
     page_modification_log: bool = True
+    sub_page_write: bool = True
     supervisor_shadow_stack: bool = False
     invept: bool = False
     invept_single_context: bool = False
@@ -107,7 +108,8 @@ class EptProfile:
     """A processor's capabilities and what is enabled of them; the default is the machine that guests get.
 
     ``accessed_dirty`` is bit 6 of the EPTP, ``mode_based_execute`` the VM-execution control, ``page_modification_log``
-    that which enables PML (without ``accessed_dirty`` nothing is ever logged). Raises ``OptionError`` if one is on that
+    that which enables PML (without ``accessed_dirty`` nothing is ever logged), ``sub_page_write`` that for sub-page
+    write permissions. Raises ``OptionError`` if one is on that
     the capabilities do not have (VM entry would fail, SDM vol. 3, 27.2.1.1).
     """
 
@@ -115,6 +117,7 @@ class EptProfile:
     accessed_dirty: bool = False
     mode_based_execute: bool = False
     page_modification_log: bool = False
+    sub_page_write: bool = False
 
     def __attrs_post_init__(self) -> None:
         for name in ("accessed_dirty", *_CTLS2_BITS):
@@ -138,6 +141,7 @@ PROFILES: Final = {
     "page-modification-log": EptProfile(
         capabilities=Capabilities(pages_2m=False, pages_1g=False), accessed_dirty=True, page_modification_log=True
     ),
+    "sub-page-write": EptProfile(sub_page_write=True),
     "advanced": EptProfile(capabilities=Capabilities(advanced_information=True)),
     "minimal": EptProfile(
         capabilities=Capabilities(**{**_LEAST, "walk_length_4": True, "tables_write_back": True})

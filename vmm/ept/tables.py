@@ -20,6 +20,8 @@ from vmm.ept.bits import (
     LEVELS,
     MEMORY_TYPE_SHIFT,
     READ,
+    SUB_PAGE_WRITE,
+    USER_EXECUTE,
     WRITE_BACK,
     page_mask,
     shift_of,
@@ -29,6 +31,7 @@ from vmm.ept.entry import EptEntry, Permission, maps_page
 from vmm.ept.log import PageModificationLog
 from vmm.ept.rules import RESERVED_TYPES, EntryRules
 from vmm.ept.structures import ROOT, PagingStructures, check_page
+from vmm.ept.sub_pages import SubPageTable
 from vmm.errors import OptionError
 from vmm.memory import PAGE
 
@@ -57,6 +60,10 @@ class ExtendedPageTables:
         self.profile: Final = profile or EptProfile()
         self.rules: Final = EntryRules.of(self.profile)
         self._structures: Final = PagingStructures(self.rules, host_size)
+        #: Sub-page write permissions; None without that control.
+        self.sub_pages: Final = (
+            SubPageTable(self.profile.capabilities.physical_address_width) if self.profile.sub_page_write else None
+        )
         self._leaves: dict[int, Leaf] = {}
         #: By GPA bits 47:21, where the way down is in order: the page table and what the entries above it allow; or,
         #: for a large page, None and the leaf of its first 4 KiB in this region. A paging-structure cache.
@@ -262,11 +269,11 @@ class ExtendedPageTables:
             for covered in (*changed, (gpa, size)):
                 self._forget(*covered)
 
-    def protect(self, gpa: int, permissions: Permission) -> None:
+    def protect(self, gpa: int, permissions: Permission, *, user_execute: bool | None = None) -> None:
         """Change what the entry of a mapped 4 KiB page allows; a large page that it lies in is split.
 
-        With mode-based execute control X stands for supervisor- and user-mode linear addresses. Raises ``OptionError``
-        where nothing is mapped.
+        With mode-based execute control X stands for supervisor- and user-mode linear addresses, unless
+        ``user_execute`` says something else of the latter. Raises ``OptionError`` where nothing is mapped.
         """
         table, above = self._regions.get(gpa >> 21, _NO_REGION)
         if table is None:
@@ -274,11 +281,20 @@ class ExtendedPageTables:
         index = gpa >> 12 & ENTRIES - 1
         if not table or not table[index]:
             raise OptionError(f"GPA {gpa:#x} is not mapped", where="EPT", fix="map it first")
-        raw = table[index] = table[index] & ~self._present | self._structures.allow[permissions]
-        if above and raw & self._checked == _WRITE_BACK and self._sound[permissions]:
+        allow = self._structures.allow[permissions]
+        if user_execute is not None:
+            allow = self._present & (allow & ~USER_EXECUTE | user_execute * USER_EXECUTE)
+        raw = table[index] = table[index] & ~self._present | allow
+        if above and raw & self._checked == _WRITE_BACK and user_execute is None and self._sound[permissions]:
             self._leaves[gpa >> 12] = raw & (ADDRESS_MASK | above)
         else:
             self._leaves.pop(gpa >> 12, None)
+
+    def guard_sub_pages(self, gpa: int, *, guarded: bool) -> None:
+        """Set or clear the sub-page write permission bit of the entry that maps a 4 KiB page."""
+        table = self._structures.table(gpa, 1)
+        index = gpa >> 12 & ENTRIES - 1
+        table[index] = table[index] & ~SUB_PAGE_WRITE | guarded * SUB_PAGE_WRITE
 
     def unmap(self, gpa: int) -> None:
         """Make a 4 KiB page not present; a large page that it lies in is split."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from vmm.ept import ExtendedPageTables, Permission
+from vmm.ept.sub_pages import SubPageTable
 from vmm.errors import InvariantError
 from vmm.exits import FrameEvent
 from vmm.memory import PAGE, GuestMemory
@@ -59,7 +60,7 @@ class FrameControl:
     def permissions(self, frame: Frame) -> Permission:
         """What the EPT allows in the frame's state, when no step is under way."""
         if frame.state is FrameState.DATA or frame.state is FrameState.WINDOW:
-            return RW
+            return Permission.R if frame.guarded else RW
         executable_only = self._ept.profile.capabilities.execute_only and not frame.readable
         return Permission.X if executable_only else RX
 
@@ -124,20 +125,44 @@ class FrameControl:
                 self._flush()
             self._verify(frame)
 
-    def protect(self, frame: Frame, permissions: Permission, gpa: int) -> None:
+    def protect(
+        self, frame: Frame, permissions: Permission, gpa: int, *, user_execute: bool | None = None
+    ) -> None:
         """Change what the EPT allows for one GPA of a frame, at the host's wish.
 
         A frame that is to be writable is data from then on, one that is to be executable is code. Anything less
         restricts its state, until that changes.
         """
+        if frame.guarded:
+            self._guard(frame, guarded=False)
         if permissions & Permission.W and frame.state not in (FrameState.DATA, FrameState.WINDOW):
             self.move(frame, FrameState.DATA, "host")
-        elif permissions & Permission.X and frame.state not in (FrameState.CODE, FrameState.SEALED):
+        elif (permissions & Permission.X or user_execute) and not self._is_code(frame):
             self.move(frame, FrameState.CODE, "host")
-        self._ept.protect(gpa, permissions)
+        self._ept.protect(gpa, permissions, user_execute=user_execute)
         frame.overridden = True
-        self._report(frame, frame.state.value, str(permissions), "host")
+        user = "" if user_execute is None else "u" if user_execute else "-"
+        self._report(frame, frame.state.value, f"{permissions}{user}", "host")
         self._verify(frame)
+
+    def protect_sub_pages(self, frame: Frame, table: SubPageTable, writable: int) -> None:
+        """Make a frame data of which only some sub-pages may be written: those of the 32 bits of ``writable``."""
+        if frame.state not in (FrameState.DATA, FrameState.WINDOW):
+            self.move(frame, FrameState.DATA, "host")
+        self._protect(frame, Permission.R)
+        self._guard(frame, guarded=True)
+        for gpa in frame.gpas:
+            table.permit(gpa, writable)
+        self._report(frame, frame.state.value, f"sub-pages {writable:#x}", "host")
+
+    def _guard(self, frame: Frame, *, guarded: bool) -> None:
+        frame.guarded = guarded
+        for gpa in frame.gpas:
+            self._ept.guard_sub_pages(gpa, guarded=guarded)
+
+    @staticmethod
+    def _is_code(frame: Frame) -> bool:
+        return frame.state in (FrameState.CODE, FrameState.SEALED)
 
     def _report(self, frame: Frame, before: str, after: str, cause: str) -> None:
         if self._reporter.observed:
@@ -156,7 +181,10 @@ def verify_frame(ept: ExtendedPageTables, blocks: BlockCache, frame: Frame) -> N
     """Check the rules for one frame; raises ``InvariantError``."""
     union = Permission.NONE
     for gpa in frame.gpas:
-        union |= ept.entry(gpa).permissions
+        entry = ept.entry(gpa)
+        union |= entry.permissions
+        if entry.user_execute and ept.profile.mode_based_execute:
+            union |= Permission.X
     if union & Permission.W and union & Permission.X:
         raise InvariantError(f"frame {frame.hpa:#x} is writable and executable ({union}) in state {frame.state}")
     live = blocks.overlapping(frame.hpa, PAGE)

@@ -27,6 +27,7 @@ from vmm.cpu.engine import FETCH, READ, WRITE, Stop
 from vmm.cpu.events import Event
 from vmm.ept.bits import PERMISSION_MASK, USER_EXECUTE
 from vmm.ept.qualification import encode
+from vmm.ept.sub_pages import SubPageVerdict
 from vmm.errors import OptionError
 from vmm.exits import EptViolation, ExitReason, Mtf
 from vmm.memory import PAGE
@@ -38,6 +39,7 @@ from vmm.trap.door import Door, SealedFrame
 from vmm.trap.frames import FrameControl
 from vmm.trap.guard import StepGuard
 from vmm.trap.refusal import Refusals
+from vmm.trap.sub_pages import SubPages
 
 if TYPE_CHECKING:
     from vmm.monitors.watcher import Watcher
@@ -89,6 +91,8 @@ class Trap:
     guard: StepGuard
     reporter: Reporter
     refusals: Refusals
+    #: Judges stores to guarded frames; None without sub-page write permissions.
+    sub_pages: SubPages | None = None
     #: Tells monitors of what instructions do; None while there are none.
     watcher: Watcher | None = None
 
@@ -137,7 +141,7 @@ class Trap:
         finally:
             entries = guard.close()
         try:
-            if guard.opened and outcome is Stop.STEPPED:
+            if guard.exited and outcome is Stop.STEPPED:
                 self.reporter.count(ExitReason.MTF)
                 if self.reporter.observed:
                     self.reporter.exit(Mtf(rip=guard.vcpu.context.pc))
@@ -179,6 +183,9 @@ class Trap:
 
     def _admit(self, violation: Violation) -> Event | Stop | None:
         """Open what a violation in a step asks for; an event to deliver instead, or ``Stop.ASKED`` to give up."""
+        verdict = None if self.sub_pages is None else self.sub_pages.judge(violation)
+        if verdict is not None and verdict[0] is not SubPageVerdict.FORBIDDEN:
+            return self._admit_sub_pages(violation, *verdict)
         modifies = self._modifies(violation)
         decision = self._report(violation, modifies=modifies)
         if decision is not None:
@@ -199,6 +206,13 @@ class Trap:
             frame.traps += writes
             frame.reads += not writes
             self.guard.open(frame, WRITE if writes else READ)
+        return None
+
+    def _admit_sub_pages(self, violation: Violation, verdict: SubPageVerdict, gpa: int) -> Event | Stop | None:
+        """A store that the sub-page permission table allows, without an exit, or says nothing about."""
+        if self.sub_pages is None or verdict is not SubPageVerdict.ALLOWED:
+            return None if self.sub_pages is None else self.sub_pages.event(violation, verdict, gpa)
+        self.guard.open(self._frame_of(violation), WRITE, exited=False)
         return None
 
     def _frame_of(self, violation: Violation) -> Frame:
