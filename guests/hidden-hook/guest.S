@@ -33,9 +33,10 @@ patch_behind:
 
         mov     edi, offset licence + VIEW
 patch_under:
-        mov     byte ptr [rdi], 0x8b            # mov eax, edi once more, in its other encoding
-        mov     byte ptr [rdi + 1], 0xc7
-        mov     word ptr [rip + copy], 0xc78b
+        mov     dword ptr [rdi], 0xc06bc78b     # mov eax, edi in its other encoding; imul eax, eax, 5
+        mov     byte ptr [rdi + 4], 5
+        mov     dword ptr [rip + copy], 0xc06bc78b
+        mov     byte ptr [rip + copy + 4], 5
         call    check
         mov     edi, 7
         call    licence

@@ -465,3 +465,14 @@ def test_dirty_flags_and_the_log_of_the_ept_take_nothing_from_a_monitor():
     tiny.run()
 
     assert short(told) == [("r", DATA, 4)] * 2
+
+
+@pytest.mark.parametrize("stage", ["before", "after"])
+def test_a_store_that_sub_page_permissions_let_through_is_seen(stage):
+    tiny = build(f"mov ebx, {DATA}; mov [rbx + 8], eax; {END}", options=RunOptions(ept=PROFILES["sub-page-write"]))
+    tiny.machine.protect_sub_pages(DATA, 1)
+    told = watch(tiny, DATA + 8, 4, "w")[1]
+
+    assert tiny.run().reason == "port"
+
+    assert short(told, stage) == [("w", DATA + 8, 4)]

@@ -37,9 +37,6 @@ class Monitors:
         self._flush = flush
         self._by_page: dict[int, list[Monitor]] = {}
 
-    def __len__(self) -> int:
-        return len({id(monitor) for monitors in self._by_page.values() for monitor in monitors})
-
     def add(self, monitor: Monitor) -> None:
         """Monitor from now on."""
         for hpa, _ in monitor.spans:
