@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from attrs import define
 
-from vmm.ept import ExtendedPageTables, Permission
+from vmm.ept import Permission
 from vmm.ept.bits import GPA_LIMIT
+from vmm.ept.views import Views
 from vmm.errors import OptionError
 from vmm.inputs import Alias, Approve, Inputs, Protect, Seal, Write
 from vmm.memory import PAGE, GuestMemory
@@ -32,7 +33,7 @@ class HostMemory:
 
     memory: GuestMemory
     frames: Frames
-    ept: ExtendedPageTables
+    views: Views
     blocks: BlockCache
     control: FrameControl
     door: Door
@@ -119,7 +120,7 @@ class HostMemory:
             self.blocks.invalidate(old.hpa, PAGE, "remap")
             old.gpas.remove(gpa)
         frame.gpas.append(gpa)
-        self.ept.map(gpa, frame.hpa, self.control.permissions(frame))
+        self.views.map(gpa, frame)
 
     def _refuse_sealed(self, places: list[Place], what: str) -> None:
         for hpa, where, _ in places:
@@ -139,7 +140,7 @@ class HostMemory:
         done = 0
         while done < size:
             where = gpa + done
-            page = self.ept.host_page(where)
+            page = self.views.all[0].ept.host_page(where)
             if page is None:
                 what = f"GPA {where:#x} has no memory"
                 raise OptionError(what, where="guest memory", fix="stay inside the guest's RAM")

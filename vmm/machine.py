@@ -13,6 +13,7 @@ from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Wor
 from vmm.devices.from_manifest import attach_inputs
 from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
 from vmm.ept import ExtendedPageTables, Permission
+from vmm.ept.views import Views
 from vmm.errors import OptionError
 from vmm.exits import End, FrameEvent, Record
 from vmm.guest import boot
@@ -24,7 +25,7 @@ from vmm.inputs import Answer, Inject, Inputs, Interrupt, Stop
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
-from vmm.memory.frames import Frames, FrameState
+from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.processor import Processor
 from vmm.reporter import E, Handler, Observer, Reporter
 from vmm.run_loop import RunLoop
@@ -64,14 +65,14 @@ class Machine:
         self.memory: Final = GuestMemory(state.memory + len(state.system.data), twins=twins)
         self.frames: Final = Frames(state.memory, state.system.gpa)
         self.ept: Final = ExtendedPageTables(self.options.ept, host_size=self.memory.size)
+        self._views: Final = Views(self.ept, self.frames, self._allowed)
         self.blocks: Final = BlockCache(self._forget, capacity=self.options.capacity)
         self.door: Final = Door(self.memory, self.frames, self.blocks, self.reporter)
         self._several = len(state.cpus) > 1
         self._exits: Final[list[InstructionExits]] = []
         self.control: Final = FrameControl(
             self.memory,
-            self.ept,
-            self.frames,
+            self._views,
             self.blocks,
             home=self.memory.home,
             flush=self._flush,
@@ -89,7 +90,7 @@ class Machine:
         self.host_memory: Final = HostMemory(
             self.memory,
             self.frames,
-            self.ept,
+            self._views,
             self.blocks,
             self.control,
             self.door,
@@ -288,7 +289,7 @@ class Machine:
     def verify(self) -> None:
         """Check the rules of the trap for every frame, if there is a trap; raises ``InvariantError``."""
         for frame in self.frames if self.options.traps else ():
-            verify_frame(self.ept, self.blocks, frame)
+            verify_frame(self._views, self.blocks, frame)
 
     # What was counted
 
@@ -325,7 +326,7 @@ class Machine:
         exits = InstructionExits(self.ports, self.reporter)
         vcpu = VirtualCpu(
             self.memory,
-            self.ept,
+            self._views.all[0],
             self.frames,
             self.blocks,
             exits,
@@ -362,7 +363,7 @@ class Machine:
             self.reporter,
             refusals,
         )
-        linear = GuestLinearMemory(self.memory, self.ept, vcpu.mmu, self.door, vcpu.context, refusals)
+        linear = GuestLinearMemory(self.memory, vcpu.mmu, self.door, vcpu.context, refusals)
         stepped = self.options.single_step or not self.options.traps
         processor = Processor(vcpu, trap, self.blocks, self.reporter, linear, self.state, stepped)
         self._exits[vcpu.number].inject = processor.pending.append
@@ -419,6 +420,10 @@ class Machine:
     def _current(self) -> VirtualCpu:
         """The vCPU at work."""
         return self.loop.current.vcpu
+
+    def _allowed(self, frame: Frame) -> Permission:
+        """What the state of a frame allows; everything where there are no traps."""
+        return self.control.permissions(frame) if self.options.traps else RWX
 
     def _forget(self, hpa: int, size: int) -> None:
         for vcpu in self.vcpus:

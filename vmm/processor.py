@@ -22,7 +22,7 @@ from vmm.paging.access import ErrorCode
 from vmm.reporter import Reporter
 from vmm.run_state import RunState
 from vmm.translation import BlockCache, Span
-from vmm.trap.policy import DeniedAbove, Trap, UnmappedAccess
+from vmm.trap.policy import DeniedAccess, Trap, UnmappedAccess
 from vmm.trap.refusal import RunEnded
 from vmm.vcpu import VirtualCpu
 
@@ -322,7 +322,7 @@ class Processor:
 
     def _unmapped(self, problem: UnmappedAccess) -> None:
         where = {"gpa": problem.violation.gpa, "gva": problem.violation.page}
-        if isinstance(problem, DeniedAbove):
+        if isinstance(problem, DeniedAccess):
             self.state.finish("EPT violation", where)
         else:
             self.state.finish("unmapped memory", where)

@@ -14,7 +14,7 @@ from vmm.cpu.events import Event, EventType, Vector
 from vmm.cpu.free import FreeRunningEngine
 from vmm.cpu.state import SegmentName
 from vmm.cpu.stepping import SteppingEngine
-from vmm.ept import ExtendedPageTables
+from vmm.ept.views import View
 from vmm.exits import StaleExecution
 from vmm.guest.boot import BootState
 from vmm.memory import PAGE, GuestMemory
@@ -54,7 +54,7 @@ class VirtualCpu:
     def __init__(
         self,
         memory: GuestMemory,
-        ept: ExtendedPageTables,
+        ept: View,
         frames: Frames,
         blocks: BlockCache,
         platform: Platform,

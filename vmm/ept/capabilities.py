@@ -8,8 +8,11 @@ the VM-execution controls. Bits of IA32_VMX_EPT_VPID_CAP (48CH) that have a fiel
     8 paging structures UC          20 INVEPT           25 single-context INVEPT, 26 all-context
    14 paging structures WB          21 A and D flags    32 INVVPID, 40 to 43 its types
 
-"Mode-based execute control for EPT" is bit 22 of the secondary processor-based controls; IA32_VMX_PROCBASED_CTLS2
-(48BH) reports in bit 54 that it may be 1. The physical-address width M is CPUID.80000008H:EAX[7:0].
+IA32_VMX_PROCBASED_CTLS2 (48BH) reports in bit 32 + n that bit n of the secondary processor-based controls may be 1::
+
+   13 enable VM functions      18 EPT-violation #VE      22 mode-based execute control for EPT
+
+The physical-address width M is CPUID.80000008H:EAX[7:0].
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Final
 from attrs import asdict, frozen
 
 from vmm.errors import OptionError
+from vmm.memory import PAGE
 
 _MSR_BITS: Final = {
     "execute_only": 0,
@@ -39,7 +43,7 @@ _MSR_BITS: Final = {
     "invvpid_all_contexts": 42,
     "invvpid_retaining_globals": 43,
 }
-_MODE_BASED_EXECUTE_MAY_BE_1: Final = 1 << 54
+_CTLS2_BITS: Final = {"vm_functions": 45, "virtualization_exceptions": 50, "mode_based_execute": 54}
 
 
 @frozen(slots=True, kw_only=True)
@@ -59,6 +63,8 @@ class Capabilities:
     accessed_dirty: bool = True
     advanced_information: bool = False
     mode_based_execute: bool = True
+    vm_functions: bool = True
+    virtualization_exceptions: bool = True
     supervisor_shadow_stack: bool = False
     invept: bool = False
     invept_single_context: bool = False
@@ -85,7 +91,7 @@ class Capabilities:
         flags = {name: bool(ept_vpid_cap >> bit & 1) for name, bit in _MSR_BITS.items()}
         return cls(
             **flags,
-            mode_based_execute=bool(procbased_ctls2 & _MODE_BASED_EXECUTE_MAY_BE_1),
+            **{name: bool(procbased_ctls2 >> bit & 1) for name, bit in _CTLS2_BITS.items()},
             physical_address_width=physical_address_width,
         )
 
@@ -94,24 +100,27 @@ class Capabilities:
         return sum(1 << bit for name, bit in _MSR_BITS.items() if getattr(self, name))
 
     def encode_procbased_ctls2(self) -> int:
-        """To what IA32_VMX_PROCBASED_CTLS2 says of mode-based execute control."""
-        return _MODE_BASED_EXECUTE_MAY_BE_1 if self.mode_based_execute else 0
+        """To what IA32_VMX_PROCBASED_CTLS2 says of the controls that have a field."""
+        return sum(1 << bit for name, bit in _CTLS2_BITS.items() if getattr(self, name))
 
 
 @frozen(slots=True, kw_only=True)
 class EptProfile:
     """A processor's capabilities and what is enabled of them; the default is the machine that guests get.
 
-    ``accessed_dirty`` is bit 6 of the EPTP, ``mode_based_execute`` the VM-execution control. Raises ``OptionError`` if
-    one is on that the capabilities do not have (VM entry would fail, SDM vol. 3, 27.2.1.1).
+    ``accessed_dirty`` is bit 6 of the EPTP, ``mode_based_execute`` the VM-execution control, ``vm_functions`` that for
+    VMFUNC with EPTP switching (26.5.6), ``virtualization_exceptions`` that for EPT-violation #VE (26.5.7). Raises
+    ``OptionError`` if one is on that the capabilities do not have (VM entry would fail, SDM vol. 3, 27.2.1.1).
     """
 
     capabilities: Capabilities = Capabilities()
     accessed_dirty: bool = False
     mode_based_execute: bool = False
+    vm_functions: bool = False
+    virtualization_exceptions: bool = False
 
     def __attrs_post_init__(self) -> None:
-        for name in ("accessed_dirty", "mode_based_execute"):
+        for name in ("accessed_dirty", "mode_based_execute", "vm_functions", "virtualization_exceptions"):
             if getattr(self, name) and not getattr(self.capabilities, name):
                 what = f"{name} is enabled on a processor without it"
                 raise OptionError(what, where="EPT profile", fix=f"set {name} in its capabilities, too")
@@ -120,6 +129,18 @@ class EptProfile:
         """The EPTP for a PML4 table at a host-physical address (SDM vol. 3, 25.6.11)."""
         write_back, walk_length_minus_1 = 6, 3
         return root | write_back | walk_length_minus_1 << 3 | self.accessed_dirty << 6
+
+    def accepts_eptp(self, eptp: int) -> bool:
+        """Whether VM entry would accept a 64-bit EPTP (SDM vol. 3, 27.2.1.1)."""
+        has = self.capabilities
+        uncacheable, write_back = 0, 6
+        memory_type = eptp & 7
+        known = (memory_type == write_back and has.tables_write_back) or (
+            memory_type == uncacheable and has.tables_uncacheable
+        )
+        flags = has.accessed_dirty << 6 | has.supervisor_shadow_stack << 7
+        address = (1 << has.physical_address_width) - PAGE
+        return known and eptp >> 3 & 7 == 3 and not eptp & ~(0x3F | flags | address)
 
 
 _LEAST: Final = {name: False for name, value in asdict(Capabilities()).items() if isinstance(value, bool)}

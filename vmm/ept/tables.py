@@ -20,6 +20,7 @@ from vmm.ept.bits import (
     LEVELS,
     MEMORY_TYPE_SHIFT,
     READ,
+    SUPPRESS_VE,
     WRITE_BACK,
     page_mask,
     shift_of,
@@ -27,7 +28,7 @@ from vmm.ept.bits import (
 from vmm.ept.capabilities import EptProfile
 from vmm.ept.entry import EptEntry, Permission, maps_page
 from vmm.ept.rules import RESERVED_TYPES, EntryRules
-from vmm.ept.structures import ROOT, PagingStructures, check_page
+from vmm.ept.structures import PagingStructures, check_page
 from vmm.errors import OptionError
 from vmm.memory import PAGE
 
@@ -53,7 +54,7 @@ class ExtendedPageTables:
     def __init__(self, profile: EptProfile | None = None, *, host_size: int = 1 << 52) -> None:
         self.profile: Final = profile or EptProfile()
         self.rules: Final = EntryRules.of(self.profile)
-        self._structures: Final = PagingStructures(self.rules, host_size)
+        self._structures = PagingStructures(self.rules, host_size)
         self._leaves: dict[int, Leaf] = {}
         #: By GPA bits 47:21, where the way down is in order: the page table and what the entries above it allow; or,
         #: for a large page, None and the leaf of its first 4 KiB in this region. A paging-structure cache.
@@ -69,12 +70,18 @@ class ExtendedPageTables:
             bool(bits) and not self._clean and not self.rules.misconfigured(bits | _WRITE_BACK, 1) for bits in range(8)
         )
 
+    def copy(self, root: int) -> ExtendedPageTables:
+        """An EPT with the same entries, whose PML4 table is at the host-physical address ``root``; nothing is cached."""
+        made = ExtendedPageTables(self.profile)
+        made._structures = self._structures.copy(root)
+        return made
+
     # The processor's way
 
     @property
     def eptp(self) -> int:
         """The EPT pointer that selects this EPT (SDM vol. 3, 25.6.11)."""
-        return self.profile.eptp(ROOT)
+        return self.profile.eptp(self._structures.root)
 
     def translate(self, gpa: int) -> Leaf:
         """What the processor finds for the page of ``gpa``; with accessed and dirty flags on, it sets A on the way."""
@@ -95,7 +102,7 @@ class ExtendedPageTables:
 
         The last one maps the page, is not present, or is misconfigured (SDM vol. 3, 29.3.3.3, step 1).
         """
-        rules, table = self.rules, self._structures.tables[ROOT]
+        rules, table = self.rules, self._structures.tables[self._structures.root]
         for level in range(LEVELS, 0, -1):
             raw = table[gpa >> shift_of(level) & ENTRIES - 1]
             yield level, raw
@@ -245,7 +252,7 @@ class ExtendedPageTables:
         if table is None:
             table, above = self._page_table(gpa), 0
         index = gpa >> 12 & ENTRIES - 1
-        if not table or not table[index]:
+        if not table or not table[index] & ~SUPPRESS_VE:
             raise OptionError(f"GPA {gpa:#x} is not mapped", where="EPT", fix="map it first")
         raw = table[index] = table[index] & ~self._present | self._structures.allow[permissions]
         if above and raw & self._checked == _WRITE_BACK and self._sound[permissions]:
@@ -257,8 +264,19 @@ class ExtendedPageTables:
         """Make a 4 KiB page not present; a large page that it lies in is split."""
         check_page(gpa)
         covered = self._covered(gpa, PAGE)
-        self._structures.put(gpa, 1, 0)
+        self._structures.clear(gpa)
         self._forget(*covered)
+
+    def suppress(self, gpa: int, *, on: bool) -> None:
+        """Set or clear "suppress #VE" for a 4 KiB page, which a large page that it lies in is split for."""
+        check_page(gpa)
+        self._structures.suppress(gpa, on=on)
+        self._forget_regions(gpa & page_mask(LEVELS), 1 << shift_of(LEVELS))
+
+    def is_convertible(self, gpa: int) -> bool:
+        """Whether a violation at ``gpa`` would be converted to #VE, as far as the entry says (SDM vol. 3, 26.5.7.1)."""
+        level, raw = list(self.entries(gpa))[-1]
+        return not raw & SUPPRESS_VE and (maps_page(raw, level) or not raw & self._present)
 
     def split(self, gpa: int) -> None:
         """Turn the large page that maps ``gpa`` into 512 of the next size, with the same attributes and flags.

@@ -101,6 +101,14 @@ class PagingStructureViolation(Exception):  # noqa: N818 - a guest-physical faul
         )
 
 
+class ForbiddenStructure(GuestError):  # noqa: N818 - says what happened
+    """The view of the EPT does not allow an access of event delivery; a VM exit is due."""
+
+    def __init__(self, violation: Violation, linear: int) -> None:
+        super().__init__(f"event delivery reaches GPA {violation.gpa:#x} (linear {linear:#x}), which the view forbids")
+        self.violation, self.linear = violation, linear
+
+
 class UnmappedStructure(GuestError):  # noqa: N818 - says what happened
     """Event delivery needs guest-physical memory that does not exist."""
 

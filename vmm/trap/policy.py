@@ -31,7 +31,7 @@ from vmm.exits import EptViolation, ExitReason, Mtf
 from vmm.memory import PAGE
 from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.mmu import CurrentInstruction, Mmu, Unjudged, Violation
-from vmm.mmu.refusals import Refusal
+from vmm.mmu.refusals import PagingStructureViolation, Refusal
 from vmm.reporter import Reporter
 from vmm.trap.door import Door, SealedFrame
 from vmm.trap.frames import FrameControl
@@ -67,8 +67,8 @@ class UnmappedAccess(Exception):  # noqa: N818 - for the processor, which ends t
         self.violation = violation
 
 
-class DeniedAbove(UnmappedAccess):
-    """An EPT entry above the page's own forbids the access: only whoever wrote it can mend that."""
+class DeniedAccess(UnmappedAccess):
+    """A view, or an EPT entry above the page's own, forbids the access: only the host, whose wish that is, can mend it."""
 
 
 @define(slots=True)
@@ -184,12 +184,12 @@ class Trap:
         host = self._host_of(violation)
         if host is None:
             raise UnmappedAccess(violation)
-        if not self.control.can_allow(violation.gpa, violation.needed):
-            raise DeniedAbove(violation)
+        if not self.mmu.view.can_allow(violation.gpa, violation.needed):
+            raise DeniedAccess(violation)
         return self.frames.at(host)
 
     def _host_of(self, violation: Violation) -> int | None:
-        return violation.leaf or self.control.host_of(violation.gpa)
+        return violation.leaf or self.mmu.view.ept.host_page(violation.gpa)
 
     # Answers
 
@@ -212,6 +212,8 @@ class Trap:
                 self.mmu.walk_again(violation.page)
         except SealedFrame as sealed:
             return self.refusals.of_walk(sealed.gpa)
+        except PagingStructureViolation:
+            return None  # by another entry: the guest's own walk will come to it
         return None
 
     def _wants_window(self, frame: Frame) -> bool:
