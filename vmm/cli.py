@@ -173,9 +173,8 @@ def ept() -> None:
 _profile = click.option(
     "--profile",
     metavar="NAME",
-    default="default",
-    show_default=True,
-    help="The processor: default, accessed-dirty, mode-based-execute, advanced, minimal, or IA32_VMX_EPT_VPID_CAP.",
+    help="The processor, instead of the guest's or the default one: default, accessed-dirty, mode-based-execute, "
+    "advanced, minimal, or IA32_VMX_EPT_VPID_CAP.",
 )
 _as_json = click.option("--json", "as_json", is_flag=True, help="A JSON object (docs/formats.md).")
 
@@ -186,11 +185,13 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="A JSON object (
 @click.option("--level", type=click.IntRange(1, 4), help="Which entry: 4 PML4E, 3 PDPTE, 2 PDE, 1 PTE.")
 @_profile
 @_as_json
-def explain(qualification: str | None, entry: str | None, level: int | None, profile: str, *, as_json: bool) -> None:
+def explain(
+    qualification: str | None, entry: str | None, level: int | None, profile: str | None, *, as_json: bool
+) -> None:
     """Put an exit qualification or an EPT entry into words."""
     from vmm.commands.ept import explain as explain_it  # noqa: PLC0415 - a command imports what it needs
 
-    explain_it(qualification, entry, level, profile, as_json=as_json)
+    explain_it(qualification, entry, level, profile or "default", as_json=as_json)
 
 
 @ept.command()
@@ -201,7 +202,7 @@ def explain(qualification: str | None, entry: str | None, level: int | None, pro
 )
 @_profile
 @_as_json
-def walk(target: str, gpa: str, access: str, profile: str, *, as_json: bool) -> None:
+def walk(target: str, gpa: str, access: str, profile: str | None, *, as_json: bool) -> None:
     """Show each EPT entry that translates GPA in TARGET as it starts, and the rule that decides."""
     from vmm.commands.ept import walk as walk_it  # noqa: PLC0415 - a command imports what it needs
 

@@ -37,8 +37,9 @@ class InstructionExits:
 
     @property
     def _wants_boundary(self) -> bool:
-        """Whether the guest has to come out: someone may act on it, or its budget is used up."""
-        return self._reporter.interactive or self._reporter.over_budget
+        """Whether the guest has to come out: someone may act on it, or its run is to end."""
+        reporter = self._reporter
+        return reporter.interactive or reporter.over_budget or reporter.stopped
 
     def port_in(self, engine: Engine, port: int, size: int, *, exact: bool) -> int | None:
         """IN."""

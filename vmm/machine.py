@@ -64,7 +64,7 @@ class Machine:
         twins = 0 if model is Coherence.COHERENT else len(state.cpus)
         self.memory: Final = GuestMemory(state.memory + len(state.system.data), twins=twins)
         self.frames: Final = Frames(state.memory, state.system.gpa)
-        self.ept: Final = ExtendedPageTables(self.options.ept, host_size=self.memory.size)
+        self.ept: Final = ExtendedPageTables(self.options.ept or guest.manifest.ept, host_size=self.memory.size)
         self._views: Final = Views(self.ept, self.frames, self._allowed)
         self.blocks: Final = BlockCache(self._forget, capacity=self.options.capacity)
         self.door: Final = Door(self.memory, self.frames, self.blocks, self.reporter)

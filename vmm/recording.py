@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from vmm.errors import ImageError, ManifestError
+from vmm.guest.ept import ept_values
 from vmm.guest.files import read_file
 from vmm.guest.image import ELF_FILE_LIMIT
 from vmm.guest.manifest import MANIFEST_LIMIT
@@ -63,6 +64,7 @@ def _header(machine: Machine, files: tuple[str, str | None], target: str | None)
         image=image,
         memory=guest.manifest.machine.memory,
         policy=policy,
+        ept=ept_values(machine.ept.profile),
         manifest=manifest,
         target=str(guest.manifest.path) if target is None else target,
         blocks=options.block_events,

@@ -13,6 +13,7 @@ from attrs import evolve, frozen
 from vmm.cpu.events import Event
 from vmm.errors import InputError, OptionError
 from vmm.exits import Exit, Record
+from vmm.guest.ept import ept_from
 from vmm.guest.manifest import policy_from
 from vmm.inputs import Decision, Input, PortRead, parse
 from vmm.machine import Machine, RunOptions
@@ -50,7 +51,7 @@ def check_guest(trace: WholeTrace, header: Header, guest: Guest) -> None:
 
 
 def machine_for(header: Header, guest: Guest, *, seconds: float | None = None) -> Machine:
-    """A machine like the one that the trace was made with; raises ``InputError`` for a policy that there is not."""
+    """A machine like the one that the trace was made with; raises ``InputError`` for what no machine has."""
     manifest = guest.manifest
     if dict(header.policy) != attrs.asdict(manifest.policy):
         manifest = evolve(manifest, policy=policy_from(dict(header.policy), manifest, "the trace's header"))
@@ -64,6 +65,7 @@ def machine_for(header: Header, guest: Guest, *, seconds: float | None = None) -
         capacity=header.capacity,
         seed=header.seed,
         seconds=seconds,
+        ept=ept_from(dict(header.ept), "the trace's header"),
     )
     machine = Machine(evolve(guest, manifest=manifest), options)
     for port in header.exact_ports:

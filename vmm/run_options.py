@@ -7,7 +7,7 @@ from typing import Literal
 from attrs import evolve, frozen
 
 from vmm.coherence import Coherence
-from vmm.ept import PROFILES, EptProfile
+from vmm.ept import EptProfile
 from vmm.errors import OptionError
 from vmm.guest.loader import Guest
 from vmm.translation.cache import DEFAULT_CAPACITY
@@ -23,9 +23,9 @@ class RunOptions:
     oracle for the rest; without ``traps`` it does so in memory that is readable, writable and executable, so that no
     access is refused and nothing is recorded. ``block_events`` has every block event reported. ``capacity`` is that of
     the block cache, in blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its
-    schedule, ``coherence`` and ``wx`` its policy's. ``input`` is what the guest reads at its input port instead of
-    the manifest's file, ``time`` what its clock shows, in nanoseconds since 1970. ``ept`` is what the processor's EPT
-    can do, and what of it is enabled.
+    schedule, ``coherence`` and ``wx`` its policy's, ``ept`` what the processor's EPT can do and what of it is enabled.
+    ``input`` is what the guest reads at its input port instead of the manifest's file, ``time`` what its clock shows,
+    in nanoseconds since 1970.
     """
 
     audit: bool = False
@@ -37,7 +37,7 @@ class RunOptions:
     seconds: float | None = None
     seed: int | None = None
     coherence: Coherence | None = None
-    ept: EptProfile = PROFILES["default"]
+    ept: EptProfile | None = None
     wx: Literal["off", "fault", "stop"] | None = None
     input: bytes | None = None
     time: int | None = None

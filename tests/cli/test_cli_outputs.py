@@ -73,6 +73,7 @@ def test_a_trace(vmm, tmp_path):
         "image": hashlib.sha256(image.read_bytes()).hexdigest(),
         "memory": 0x100000,
         "policy": {"reads": "step", "writes": "step", "code": "load", "coherence": "coherent", "wx": "off"},
+        "ept": {},
         "manifest": hashlib.sha256(image.with_name("guest.toml").read_bytes()).hexdigest(),
         "target": "alias-patch",
         "options": {"blocks": False, "capacity": 65536, "single_step": False, "traps": True},

@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from vmm.ept import PROFILES, Capabilities, EptProfile
 from vmm.errors import ManifestError
-from vmm.guest import Console, CpuSpec, End, Limits, MachineSpec, Mapping, Paging, Policy, parse_manifest
+from vmm.guest import Console, CpuSpec, End, Limits, MachineSpec, Mapping, Paging, Policy, ept, parse_manifest
 from vmm.guest.manifest import REGISTERS
 
 PATH = Path("here/guest.toml")
@@ -56,6 +58,7 @@ def test_the_documented_example_means_what_it_says():
         idt=0x18000,
         rsp0=0x60000,
     )
+    assert manifest.ept == EptProfile(accessed_dirty=True, capabilities=Capabilities(pages_1g=False))
     maps = (Mapping(0x8000000, 0x10000, 0x10000, "rx"), Mapping(0x9000000, 0x10000, 0x10000, "rw"))
     assert manifest.paging == Paging("rwx", maps)
     assert manifest.policy == Policy("step", "step", "fetch")
@@ -86,6 +89,34 @@ def test_defaults():
 def test_elf_defaults_to_code_at_load_and_the_headers_entry():
     manifest = parse(TOP + ELF_IMAGE + MACHINE)
     assert (manifest.policy.code, manifest.cpu.entry) == ("load", None)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_by_its_name(name):
+    assert parse(GOOD + f'[ept]\nprofile = "{name}"').ept == PROFILES[name]
+
+
+def test_switches_and_capabilities_replace_those_of_the_profile():
+    text = '[ept]\nprofile = "minimal"\ncapabilities = { accessed_dirty = true, physical_address_width = 36 }\n'
+    minimal = PROFILES["minimal"].capabilities
+    capabilities = evolve(minimal, accessed_dirty=True, physical_address_width=36)
+    assert parse(GOOD + text).ept == EptProfile(capabilities=capabilities)
+    enabled = EptProfile(capabilities=capabilities, accessed_dirty=True)
+    assert parse(GOOD + text + "accessed_dirty = true").ept == enabled
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=str)
+def test_the_values_of_a_profile_make_it_again(profile):
+    assert ept.ept_from(ept.ept_values(profile), "here") == profile
+
+
+def test_what_is_as_by_default_has_no_values():
+    assert ept.ept_values(EptProfile()) == {}
+
+
+def test_every_switch_of_the_ept_is_documented():
+    text = DOCS.read_text(encoding="utf-8")
+    assert [key for key in ept.KEYS if f"| `{key}` |" not in text] == []
 
 
 @pytest.mark.parametrize("value", ["0x10000", '"start"'])
@@ -245,6 +276,14 @@ BAD = [
     (GOOD + "[policy]\nwx = true", "[policy].wx", '"off" or "fault" or "stop"'),
     (TOP + IMAGE + PROTECTED + CPU + "[policy]\nwx = 'fault'", "[policy].wx", "without page tables"),
     (TOP + IMAGE + REAL + CPU + "[policy]\nwx = 'stop'", "[policy].wx", "without page tables"),
+    (GOOD + "[ept]\nprofile = 'big'", "[ept].profile", '"default" or "accessed-dirty"'),
+    (GOOD + "[ept]\naccessed_dirty = 1", "[ept].accessed_dirty", "not a boolean"),
+    (GOOD + "[ept]\naccessed_drity = true", "[ept].accessed_drity", "accessed_dirty"),
+    (GOOD + "[ept]\nprofile = 'minimal'\naccessed_dirty = true", "[ept]", "on a processor without it"),
+    (GOOD + "[ept]\ncapabilities = 1", "[ept].capabilities", "not a table"),
+    (GOOD + "[ept.capabilities]\npages_1g = 'no'", "[ept].capabilities.pages_1g", "not a boolean"),
+    (GOOD + "[ept.capabilities]\nwalk_length_4 = false", "[ept]", "no 4-level walk"),
+    (GOOD + "[ept]\ncapabilities.physical_address_width = 9", "[ept].capabilities.physical_address_width", "out of"),
     (GOOD + "[console]\nport = 0x10000", "[console].port", "out of range"),
     (GOOD + "[console]\nport = 0xf4", "[console].port", "[end].port too"),
     (GOOD + "[input]\nfile = 'x'", "[input].port", "missing"),

@@ -185,3 +185,12 @@ def test_a_window_that_loses_its_last_gpa_is_journaled_first() -> None:
     assert made.run().reason == "port"
     (record,) = made.modifications
     assert (record.gpa, record.old, record.new, record.cause) == (target, b"\x90", b"\x02", "window")
+
+
+@pytest.mark.parametrize("instruction", ["in al, 0x80", "out 0x80, al", "rdtsc", "cpuid"])
+def test_an_observer_that_only_looks_may_stop_a_loop_without_refusals(instruction):
+    """Such exits are answered inside of a block; the run ends at the next one."""
+    made = tiny.build(f"l: {instruction}; jmp l", options=tiny.RunOptions(seconds=20))
+    made.machine.observe(lambda _record: made.machine.stop())
+    assert made.run().reason == "stopped"
+    assert len(made.exits) == 1

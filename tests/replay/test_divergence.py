@@ -256,6 +256,9 @@ class TestNotWhole:
         [
             (b'"reads": "step"', b'"reads": "maybe"'),
             (b'"reads": "step"', b'"what": "step"'),
+            (b'"ept": {}', b'"ept": {"accessed_dirty": 1}'),
+            (b'"ept": {}', b'"ept": {"profile": "what"}'),
+            (b'"ept": {}', b'"ept": []'),
             (b'"capacity": 65536', b'"capacity": 0'),
             (b'"single_step": false', b'"single_step": 1'),
             (b'"exact_ports": []', b'"exact_ports": [65536]'),

@@ -11,13 +11,15 @@ from recorded import CLOCK, INPUT, LEFT, guest, recorded, replayed, vmm
 
 from vmm.coherence import Coherence
 from vmm.cpu.events import Event, EventType, Vector
-from vmm.ept import Permission
+from vmm.ept import Capabilities, EptProfile, Permission
 from vmm.exits import Cpuid, EptViolation, ExceptionExit, FrameEvent, Hlt, Vmcall
 from vmm.guest.loader import bundled_guests, load_guest
 from vmm.machine import RunOptions
+from vmm.replay import header_of, machine_for
 from vmm.script_actions import ScriptRun
 from vmm.trace.names import symbols_of
 from vmm.trace.script import Script
+from vmm.trace.whole import WholeTrace
 
 GUESTS = {each.name: each.path for each in bundled_guests()}
 ACTIONS = Path(__file__).parents[1] / "guests" / "action_scripts"
@@ -202,6 +204,19 @@ class TestHostProgram:
 
         trace = recorded(tmp_path / "t", with_handlers(tmp_path / "g", PATCHING), prepare=act)
         assert [name for name, _ in inputs(trace)] == ["protect", "decision"]
+        assert_comes_again(tmp_path / "t", trace)
+
+    @pytest.mark.parametrize("option", [None, EptProfile(), EptProfile(accessed_dirty=True)])
+    def test_with_its_ept(self, tmp_path, option):
+        """The manifest's profile, or the option's in its place."""
+        folder = guest(tmp_path / "g", "mov byte ptr [0x12000], 1\nout 0xf4, al")
+        manifest = folder / "guest.toml"
+        manifest.write_text(manifest.read_text() + "[ept]\nprofile = 'advanced'\nmode_based_execute = true\n")
+        trace = recorded(tmp_path / "t", folder, RunOptions(ept=option))
+        header = header_of(WholeTrace.read(tmp_path / "t"))
+        expected = option or EptProfile(capabilities=Capabilities(advanced_information=True), mode_based_execute=True)
+        with machine_for(header, load_guest(folder)) as machine:
+            assert machine.ept.profile == expected
         assert_comes_again(tmp_path / "t", trace)
 
     def test_before_the_run(self, tmp_path):

@@ -38,12 +38,12 @@ def explain(qualification: str | None, entry: str | None, level: int | None, pro
     screen.flush()
 
 
-def walk(target: str, gpa: str, access: str, profile: str, *, as_json: bool) -> None:
-    """Write the walk for a GPA of a guest as it is at its start."""
+def walk(target: str, gpa: str, access: str, profile: str | None, *, as_json: bool) -> None:
+    """Write the walk for a GPA of a guest as it is at its start, by default with its own profile."""
     from vmm.machine import Machine, RunOptions  # noqa: PLC0415 - an explanation needs no machine
 
     where = number(gpa, "GPA", GPA_LIMIT)
-    with Machine.from_manifest(target, RunOptions(ept=profile_of(profile))) as machine:
+    with Machine.from_manifest(target, RunOptions(ept=None if profile is None else profile_of(profile))) as machine:
         explained = explain_walk(machine.ept, where, access)
         eptp = machine.ept.eptp
     screen = standard_output()

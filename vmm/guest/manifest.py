@@ -10,6 +10,7 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [schedule] seed, quantum: how the vCPUs take turns
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
     [policy]   reads, writes, code, coherence, wx
+    [ept]      profile, switches, and [ept.capabilities]: see ``vmm.guest.ept``
     [console]  port: what the guest writes there is its printed output
     [input]    port, file: what the guest reads there
     [clock]    port, time: where it reads the time
@@ -33,7 +34,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from attrs import field, frozen
 
 from vmm.devices.workpiece import PORTS
+from vmm.ept import PROFILES, EptProfile
 from vmm.errors import ManifestError
+from vmm.guest.ept import KEYS as _EPT_KEYS
+from vmm.guest.ept import ept_of
 from vmm.guest.fields import PAGE, U16_MAX, U32_MAX, U64_MAX, Table, is_canonical
 from vmm.guest.files import one_line, read_file
 from vmm.guest.inputs import ClockSpec, InputSpec, clock_of, input_of
@@ -81,7 +85,7 @@ _POLICY_KEYS: Final = ("reads", "writes", "code", "coherence", "wx")
 _FLAWS_LIMIT: Final = 1024
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
-    *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "end", "limits"),
+    *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "ept", "end", "limits"),
     *("console", "input", "clock", "ipi", "workpiece"),
 )
 
@@ -232,6 +236,7 @@ class Manifest:
     paging: Paging | None
     summary: str = ""
     policy: Policy = Policy()
+    ept: EptProfile = PROFILES["default"]
     console: Console = Console()
     input: InputSpec | None = None
     clock: ClockSpec | None = None
@@ -309,6 +314,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
         cpu=cpu,
         paging=paging,
         policy=_policy(top.table("policy", _POLICY_KEYS), machine, image, paging),
+        ept=ept_of(top.table("ept", _EPT_KEYS)),
         console=console,
         input=input_of(top, path.parent, taken),
         clock=clock_of(top, taken),

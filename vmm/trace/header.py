@@ -21,15 +21,16 @@ class Header:
     """What the run of a trace was: of which image, under which manifest and policy, with which options.
 
     ``image`` and ``manifest`` are the SHA-256 of the files; ``manifest`` is None for an image without one. ``target``
-    is how the guest was named, ``seed`` what the turns of several vCPUs were drawn from. ``interactive`` is whether
-    anybody could act on the guest, so that each exit was taken at an instruction boundary. ``exact_ports`` are those
-    of a host program's devices that want one.
+    is how the guest was named, ``seed`` what the turns of several vCPUs were drawn from, ``ept`` what of the EPT's
+    profile was not as by default. ``interactive`` is whether anybody could act on the guest, so that each exit was
+    taken at an instruction boundary. ``exact_ports`` are those of a host program's devices that want one.
     """
 
     guest: str
     image: str
     memory: int
     policy: Mapping[str, Any]
+    ept: Mapping[str, Any]
     manifest: str | None
     target: str
     blocks: bool
@@ -48,6 +49,7 @@ class Header:
             "image": self.image,
             "memory": self.memory,
             "policy": dict(self.policy),
+            "ept": dict(self.ept),
             "manifest": self.manifest,
             "target": self.target,
             "options": {
@@ -74,6 +76,7 @@ class Header:
             image=_digest(line, "image"),
             memory=_key(line, "memory", int),
             policy=policy,
+            ept=_key(line, "ept", dict),
             manifest=None if line.get("manifest", "") is None else _digest(line, "manifest"),
             target=_key(line, "target", str),
             blocks=_key(options, "blocks", bool),
