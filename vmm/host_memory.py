@@ -67,8 +67,14 @@ class HostMemory:
         places = self._places(target, size)
         for page in range(gpa, gpa + size, PAGE):
             before = self.control.host_of(page)
-            if before is not None and self.frames.at(before).state is FrameState.SEALED:
+            if before is None:
+                continue
+            old = self.frames.at(before)
+            if old.state is FrameState.SEALED:
                 raise OptionError(f"GPA {page:#x} is sealed", where="alias", fix="sealed code stays where it is")
+            if old.elsewhere and all(gpa <= own < gpa + size for own in old.gpas):
+                what = f"GPA {page:#x} is all that leads in view 0 to a page of another view"
+                raise OptionError(what, where="alias", fix="remap that view first")
         with self.inputs.during(Alias(gpa, target, size)):
             for host, where, _ in places:
                 self._map(gpa + where - target, self.frames.at(host))

@@ -1,8 +1,8 @@
 """Guest-linear memory as the VMM itself reaches it on the guest's behalf, for event delivery.
 
-Guest paging applies with all its faults. The EPT applies, too, within the limits of the view that the vCPU uses, but
-the VMM does not exit to itself: code frames may be read, and what is written to one goes through the door, unless the W^X policy or a seal is against it: then
-the delivery faults as a store would.
+Guest paging applies with all its faults. The EPT applies, too, but the VMM does not exit to itself, except for what the
+view of the vCPU is against: code frames may be read, and what is written to one goes through the door, unless the W^X
+policy or a seal is against it: then the delivery faults as a store would.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class GuestLinearMemory:
     """Implements ``vmm.cpu.state.LinearMemory`` for one vCPU.
 
     All methods raise ``vmm.cpu.events.GuestFault`` besides where a page walk would write to a sealed frame, the
-    writing ones for a store to one; ``ForbiddenStructure`` where the view of the EPT is against an access. They raise ``RunEnded`` if the W^X policy has ended the run.
+    writing ones for a store to one. They raise ``ForbiddenStructure`` where the view of the EPT is against an access,
+    ``RunEnded`` if the W^X policy has ended the run.
     """
 
     memory: GuestMemory

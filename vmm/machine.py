@@ -8,6 +8,7 @@ from typing import Final, Self
 
 from vmm.block_events import BlockEvents, reporting
 from vmm.coherence import Coherence, FetchSides, FetchView, Sanitizer
+from vmm.control_fields import ControlFields
 from vmm.cpu.events import Event, EventType
 from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Workpiece
 from vmm.devices.from_manifest import attach_inputs
@@ -21,6 +22,7 @@ from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest, load_guest
 from vmm.guest.manifest import WorkpieceSpec
 from vmm.host_memory import HostMemory
+from vmm.host_views import HostViews
 from vmm.inputs import Answer, Inject, Inputs, Interrupt, Stop
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
@@ -38,6 +40,7 @@ from vmm.trap.frames import RW, RWX, FrameControl, verify_frame
 from vmm.trap.guard import StepGuard
 from vmm.trap.policy import Trap, TrapPolicy
 from vmm.trap.refusal import Refusals
+from vmm.trap.virtualization import VirtualizationExceptions
 from vmm.vcpu import VirtualCpu, verify_engine
 
 
@@ -85,6 +88,18 @@ class Machine:
         self.sanitizer: Final = None if model is Coherence.COHERENT else self._make_sanitizer(model, len(state.cpus))
         #: The vCPUs, by number.
         self.vcpus: Final = [self._make_vcpu(number) for number in range(len(state.cpus))]
+        self._fields: Final = [ControlFields() for _ in self.vcpus]
+        #: Views of the EPT.
+        self.views: Final = HostViews(
+            self._views,
+            self.frames,
+            self.inputs,
+            self.reporter,
+            self.vcpus,
+            self._fields,
+            keeps_wx=self.keeps_wx,
+            flush=self._flush,
+        )
         self.inputs.contexts = [vcpu.context for vcpu in self.vcpus]
         self.loop: Final = self._make_loop()
         self.host_memory: Final = HostMemory(
@@ -185,8 +200,8 @@ class Machine:
         """Decorator: call the function for each exit of a type, before the default answer.
 
         It may return True if it has dealt with the exit: the guest then goes on as it is. At ``EptViolation``,
-        ``ExceptionExit``, ``Vmcall`` and ``EptMisconfiguration`` it may return an ``Event`` to deliver instead of
-        the default answer. What it raises ends the run. Raises ``OptionError`` for a type that is no exit.
+        ``ExceptionExit``, ``Vmcall``, ``Vmfunc`` and ``EptMisconfiguration`` it may return an ``Event`` to deliver
+        instead of the default answer. What it raises ends the run. Raises ``OptionError`` for a type that is no exit.
         """
         if not hasattr(kind, "reason"):
             fix = "give one of the exits in vmm.exits, or use observe"
@@ -365,7 +380,15 @@ class Machine:
         )
         linear = GuestLinearMemory(self.memory, vcpu.mmu, self.door, vcpu.context, refusals)
         stepped = self.options.single_step or not self.options.traps
-        processor = Processor(vcpu, trap, self.blocks, self.reporter, linear, self.state, stepped)
+        fields = self._fields[vcpu.number]
+        if self.ept.profile.virtualization_exceptions:
+            trap.exceptions = VirtualizationExceptions(
+                self.memory, self.frames, self.door, vcpu.mmu, vcpu.context, fields
+            )
+        trap.denials_fault = self.guest.manifest.views.denied == "fault"
+        processor = Processor(
+            vcpu, trap, self.blocks, self.reporter, linear, self.state, stepped, self._views, fields
+        )
         self._exits[vcpu.number].inject = processor.pending.append
         return processor
 
@@ -415,6 +438,7 @@ class Machine:
             mappings = [(m.gva, m.gpa, m.length) for m in paging.effective(state.memory)]
             for vcpu in self.vcpus:
                 vcpu.mmu.fix_tables(state.cr3, mappings)
+        self.guest.manifest.views.apply(self.views, len(self.vcpus))
 
     @property
     def _current(self) -> VirtualCpu:

@@ -82,6 +82,11 @@ class VirtualCpu:
         self.stepping.fill = self.step_memory.fills_of(self.stepping)
         self.pace = Pace(self.free.ask_to_stop)
 
+    def use(self, view: View) -> None:
+        """Use another view of the EPT from the next access on."""
+        self.mmu.use(view)
+        self.free.flush_tlb()
+
     def step(self) -> Stop:
         """Execute one instruction on the stepping engine."""
         self.stepped = True

@@ -63,7 +63,7 @@ class PagingStructures:
         self._next = root + PAGE
 
     def copy(self, root: int) -> PagingStructures:
-        """The same tables again, at other addresses: the PML4 table at ``root``, the others as far behind it as here."""
+        """The same tables again, with the PML4 table at ``root`` and the others as far behind it as here."""
         made, distance = PagingStructures(self.rules, self._host_size, root), root - self.root
         made._next = self._next + distance
         for address, (level, gpa) in {self.root: (LEVELS, 0), **self._home}.items():

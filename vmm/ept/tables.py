@@ -71,7 +71,7 @@ class ExtendedPageTables:
         )
 
     def copy(self, root: int) -> ExtendedPageTables:
-        """An EPT with the same entries, whose PML4 table is at the host-physical address ``root``; nothing is cached."""
+        """An EPT with the same entries, its PML4 table at the host-physical address ``root``; nothing is cached."""
         made = ExtendedPageTables(self.profile)
         made._structures = self._structures.copy(root)
         return made

@@ -1,8 +1,8 @@
 """Views: several EPTs of one machine, of which each vCPU uses one at a time (others call that altp2m).
 
-What a frame's state allows, a view only restricts: it has a *limit* for a page of guest-physical memory, and it may have
-a page lead to another frame. Whatever moves frames between states reaches them in every view, so that a frame which is
-writable in one is executable in none.
+What a frame's state allows, a view only restricts: it has a *limit* for a page of guest-physical memory, and it may
+have a page lead to another frame. Whatever moves frames between states reaches them in every view, so that a frame
+which is writable in one is executable in none.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class View:
     limits: dict[int, Permission] = field(factory=dict)
     hosts: dict[int, int] = field(factory=dict)
     convertible: set[int] = field(factory=set)
+    #: Its number in records: None as long as it is the only one.
+    shown: int | None = None
 
     @property
     def eptp(self) -> int:
@@ -91,6 +93,8 @@ class Views:
         for gpa, hpa in made.hosts.items():
             self._frames.at(hpa).elsewhere.append((number, gpa))
         self.all.append(made)
+        for view in self.all:
+            view.shown = view.number
         self.plain = False
         return made
 

@@ -11,6 +11,7 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
     [policy]   reads, writes, code, coherence, wx
     [ept]      profile, switches, and [ept.capabilities]: see ``vmm.guest.ept``
+    [views]    views of the EPT: see ``vmm.guest.views``
     [console]  port: what the guest writes there is its printed output
     [input]    port, file: what the guest reads there
     [clock]    port, time: where it reads the time
@@ -41,6 +42,8 @@ from vmm.guest.ept import ept_of
 from vmm.guest.fields import PAGE, U16_MAX, U32_MAX, U64_MAX, Table, is_canonical
 from vmm.guest.files import one_line, read_file
 from vmm.guest.inputs import ClockSpec, InputSpec, clock_of, input_of
+from vmm.guest.views import KEYS as _VIEWS_KEYS
+from vmm.guest.views import PLAIN, ViewsSpec, views_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,7 +88,7 @@ _POLICY_KEYS: Final = ("reads", "writes", "code", "coherence", "wx")
 _FLAWS_LIMIT: Final = 1024
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
-    *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "ept", "end", "limits"),
+    *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "ept", "views", "end", "limits"),
     *("console", "input", "clock", "ipi", "workpiece"),
 )
 
@@ -237,6 +240,7 @@ class Manifest:
     summary: str = ""
     policy: Policy = Policy()
     ept: EptProfile = PROFILES["default"]
+    views: ViewsSpec = PLAIN
     console: Console = Console()
     input: InputSpec | None = None
     clock: ClockSpec | None = None
@@ -301,6 +305,8 @@ def _manifest(top: Table, path: Path) -> Manifest:
     cpu = _cpu(top.table("cpu", _CPU_KEYS, _CPU_HINTS), machine, image)
     end = _end(top.table("end", ("port", "value", "halt")))
     paging = _paging(top, machine, cpu)
+    ept = ept_of(top.table("ept", _EPT_KEYS))
+    others = _others(top, machine, cpu)
     console = _console(top.table("console", ("port",)), end)
     ipi = _ipi(top.table("ipi", ("port",)), end, console)
     workpiece = _workpiece(top, (end.port, console.port)) if "workpiece" in top else None
@@ -314,13 +320,14 @@ def _manifest(top: Table, path: Path) -> Manifest:
         cpu=cpu,
         paging=paging,
         policy=_policy(top.table("policy", _POLICY_KEYS), machine, image, paging),
-        ept=ept_of(top.table("ept", _EPT_KEYS)),
+        ept=ept,
+        views=views_of(top.table("views", _VIEWS_KEYS), machine.memory, 1 + len(others), ept),
         console=console,
         input=input_of(top, path.parent, taken),
         clock=clock_of(top, taken),
         end=end,
         limits=_limits(top.table("limits", ("exits", "seconds"))),
-        others=_others(top, machine, cpu),
+        others=others,
         schedule=_schedule(top.table("schedule", ("seed", "quantum"))),
         ipi=ipi,
         workpiece=workpiece,

@@ -104,8 +104,8 @@ class GuestStructures:
     def _reaches(self, gpa: int, leaf: int, access: int) -> bool:
         """Whether a walk may reach a paging structure although the EPT does not allow it.
 
-        The VMM's own may, within the limits of the view unless it only looks, and any may read in a code frame that was made R-X for walks: with EPT accessed and dirty
-        flags that would be a violation each time.
+        The VMM's own may, within the limits of the view unless it only looks. Any may read in a code frame that was
+        made R-X for walks: with EPT accessed and dirty flags that would be a violation each time.
         """
         if not leaf or leaf == MISCONFIGURED:
             return False

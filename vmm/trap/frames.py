@@ -10,7 +10,7 @@ from vmm.ept.views import Views
 from vmm.errors import InvariantError
 from vmm.exits import FrameEvent
 from vmm.memory import PAGE, GuestMemory
-from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.memory.frames import Frame, FrameState
 from vmm.reporter import Reporter
 from vmm.translation import BlockCache
 
@@ -25,8 +25,9 @@ class FrameControl:
 
     ``home`` gives the place that code in a twin of memory was copied from. ``flush`` makes every engine forget its
     cached address translations, ``window_closed`` journals what was written through a window. With ``check`` the rules
-    are verified after every transition: no host page writable and executable through any GPA in any view, no writable frame with
-    live blocks but the one being stepped over, counters that add up. Raises ``InvariantError`` if one is broken.
+    are verified after every transition: no host page writable and executable through whichever GPAs and views, no
+    writable frame with live blocks but the one being stepped over, counters that add up. Raises ``InvariantError`` if
+    one is broken.
     """
 
     def __init__(

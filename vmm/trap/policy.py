@@ -36,7 +36,8 @@ from vmm.reporter import Reporter
 from vmm.trap.door import Door, SealedFrame
 from vmm.trap.frames import FrameControl
 from vmm.trap.guard import StepGuard
-from vmm.trap.refusal import Refusals
+from vmm.trap.refusal import GENERAL_PROTECTION, Refusals
+from vmm.trap.virtualization import VIRTUALIZATION_EXCEPTION, VirtualizationExceptions
 
 #: Trapped writes to one frame after which the adaptive policy opens a window.
 HOT_FRAME: Final = 16
@@ -68,7 +69,7 @@ class UnmappedAccess(Exception):  # noqa: N818 - for the processor, which ends t
 
 
 class DeniedAccess(UnmappedAccess):
-    """A view, or an EPT entry above the page's own, forbids the access: only the host, whose wish that is, can mend it."""
+    """A view, or an EPT entry above the page's own, forbids the access: only whoever wanted that can mend it."""
 
 
 @define(slots=True)
@@ -84,6 +85,10 @@ class Trap:
     guard: StepGuard
     reporter: Reporter
     refusals: Refusals
+    #: None on a processor without EPT-violation #VE.
+    exceptions: VirtualizationExceptions | None = None
+    #: Whether what a view forbids, and no handler wants, becomes a #GP of the guest instead of the end of the run.
+    denials_fault: bool = False
 
     def answer(self, violation: Violation) -> Stop | Event | None:
         """Answer one violation of the free-running engine.
@@ -96,6 +101,8 @@ class Trap:
         decision = self._report(violation, modifies=self._modifies(violation))
         if decision is not None:
             return decision if isinstance(decision, Event) else None
+        if self.denials_fault and self.is_denied(violation):
+            return GENERAL_PROTECTION
         frame = self._frame_of(violation)
         if violation.access == FETCH:
             return self._fetched(frame, violation)
@@ -105,6 +112,10 @@ class Trap:
             self.control.grant_reads(frame, "code read")
             return None
         return self._open_window(frame, violation)
+
+    def is_denied(self, violation: Violation) -> bool:
+        """Whether a view is against an access, whatever the state of the frame."""
+        return self.mmu.view.forbids(violation.gpa, violation.needed)
 
     def answer_use(self, use: Unjudged) -> Event | Stop | None:
         """Answer the first use of a permission under a W^X policy; as ``answer``."""
@@ -163,6 +174,8 @@ class Trap:
         decision = self._report(violation, modifies=modifies)
         if decision is not None:
             return decision if isinstance(decision, Event) else Stop.ASKED
+        if self.denials_fault and self.is_denied(violation):
+            return GENERAL_PROTECTION
         frame = self._frame_of(violation)
         writes = violation.access == WRITE or modifies
         if violation.access == FETCH:
@@ -263,10 +276,21 @@ class Trap:
         return self._modifies(violation) and self.mmu.forbids_write(violation.page)
 
     def _report(self, violation: Violation, *, modifies: bool) -> Event | bool | None:
-        """Count the exit and show it; what a handler decides."""
+        """Count the exit and show it; what a handler decides. Or a #VE, which is no exit."""
+        exceptions = self.exceptions
+        if exceptions is not None and exceptions.converts(violation):
+            exceptions.save(*self._facts(violation, modifies=modifies))
+            return VIRTUALIZATION_EXCEPTION
         self.reporter.count(ExitReason.EPT_VIOLATION)
         if not self.reporter.observed:
             return None
+        qualification, gpa, gva = self._facts(violation, modifies=modifies)
+        exit_ = EptViolation(self.instruction.pc, qualification, gpa, gva, self.mmu.view.shown)
+        decision = self.reporter.exit(exit_)
+        return True if self.reporter.stopped else decision
+
+    def _facts(self, violation: Violation, *, modifies: bool) -> tuple[int, int, int]:
+        """Exit qualification, guest-physical and guest-linear address."""
         access = violation.access if violation.linear_access is None else violation.linear_access
         address = self.instruction.faulting_address(violation.page, access)
         both = violation.updates or (violation.final and self._is_of_modification(violation, address))
@@ -279,7 +303,4 @@ class Trap:
             advanced=violation.advanced,
         )
         offset = address & PAGE - 1 if violation.final else 0
-        decision = self.reporter.exit(
-            EptViolation(rip=self.instruction.pc, qualification=qualification, gpa=violation.gpa + offset, gva=address)
-        )
-        return True if self.reporter.stopped else decision
+        return qualification, violation.gpa + offset, address
