@@ -1,4 +1,4 @@
-"""The command line: ``vmm guests``, ``vmm run``, ``vmm check``, ``vmm replay``, ``vmm agree``, ``vmm audit``.
+"""The command line: ``vmm guests``, ``run``, ``boot``, ``check``, ``replay``, ``agree``, ``audit`` and ``ept``.
 
 Exit statuses: 0 the guest ended as its manifest says and the script holds; 1 it did not; 2 bad input; 3 the guest
 died (triple fault, a budget used up, memory that does not exist); 130 Ctrl-C. Bad input gets one line on standard
@@ -154,6 +154,45 @@ def run(target: str, **options: Any) -> int:  # noqa: ANN401 - click's values
 
 
 @main.command()
+@click.option("--kernel", metavar="FILE", required=True, help="A bzImage, or a vmlinux.")
+@click.option("--initrd", metavar="FILE", help="The initial RAM disk.")
+@click.option("--append", metavar="TEXT", default="console=ttyS0", show_default=True, help="The kernel's command line.")
+@click.option("--memory", metavar="SIZE", help="RAM, like 256M (which it is by default).")
+@click.option("--input", metavar="FILE", help="Type the lines of FILE, each at a prompt; the run ends at one more.")
+@click.option("--prompt", metavar="TEXT", default="# ", show_default=True, help="What a prompt ends with.")
+@click.option("--trace", metavar="FILE", help="Write every exit and modification as a line of JSON; - is stdout.")
+@click.option("--expect", metavar="FILE", help="Hold the run against a script, and do its actions.")
+@click.option("--state", metavar="FILE", help="Write the final state as JSON; - is standard output.")
+@click.option(
+    "--hash",
+    "hashes",
+    metavar="GPA:LENGTH",
+    multiple=True,
+    help="Put the SHA-256 of this memory into the state. May be repeated.",
+)
+@click.option("--symbols", metavar="FILE", help="Write the kernel's own symbols, found in its memory, as nm does.")
+@click.option("--audit", is_flag=True, help="Check the bytes of each block whenever it is entered (slow).")
+@click.option("--check", is_flag=True, help="Check the rules of the trap after every transition.")
+@click.option("--seconds", type=float, metavar="S", help="Time limit; 600 by default, none at a terminal.")
+@click.option("-q", "--quiet", is_flag=True, help="Show nothing but what is wrong.")
+@click.option("-v", "--verbose", is_flag=True, help="Tell on standard error what the VMM itself does.")
+@_color
+def boot(**options: Any) -> int:  # noqa: ANN401 - click's values
+    """Boot a Linux kernel on a PC whose code is execute-only, with its serial console here.
+
+    At a terminal it is interactive: Ctrl-A x ends the run. Otherwise, and with --input, the same kernel and input give
+    the same run, to the byte.
+
+    Exit status: 0 the guest halted, reset the machine or came to the end of the input, and the script holds; 1 it did
+    not; 2 bad input; 3 the guest died (triple fault, time used up, memory that does not exist); 130 Ctrl-C.
+    """
+    _check_ranges(options)
+    from vmm.commands.boot import BootRequest, boot  # noqa: PLC0415 - a command imports what it needs
+
+    return boot(BootRequest(**{name: value for name, value in options.items() if value is not None}))
+
+
+@main.command()
 @click.argument("trace")
 @click.option("--expect", metavar="SCRIPT", required=True, help="The script.")
 @click.option("--guest", metavar="TARGET", help="The guest whose symbols the script uses.")
@@ -174,7 +213,7 @@ _profile = click.option(
     "--profile",
     metavar="NAME",
     help="The processor, instead of the guest's or the default one: default, accessed-dirty, mode-based-execute, "
-    "advanced, minimal, or IA32_VMX_EPT_VPID_CAP.",
+    "page-modification-log, advanced, minimal, or IA32_VMX_EPT_VPID_CAP.",
 )
 _as_json = click.option("--json", "as_json", is_flag=True, help="A JSON object (docs/formats.md).")
 

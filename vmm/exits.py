@@ -29,6 +29,7 @@ class ExitReason(enum.IntEnum):
     EPT_MISCONFIGURATION = 49
     RDTSCP = 51
     VMFUNC = 59
+    PAGE_MODIFICATION_LOG_FULL = 62
 
 
 Json = dict[str, Any]
@@ -211,6 +212,31 @@ class EptMisconfiguration(Exit):
     reason: ClassVar[ExitReason] = ExitReason.EPT_MISCONFIGURATION
 
     gpa: int
+
+
+@frozen(slots=True)
+class PageModificationLogFull(Exit):
+    """An access would set an accessed or dirty flag of the EPT, and the page-modification log is full (reason 62).
+
+    The access has not happened. Of ``qualification`` only bit 12 is defined (NMI unblocking due to IRET).
+    """
+
+    reason: ClassVar[ExitReason] = ExitReason.PAGE_MODIFICATION_LOG_FULL
+
+    qualification: int = 0
+
+
+@frozen(slots=True)
+class LogEntry(Record):
+    """The VMM has found the page of ``gpa`` in the page-modification log, at ``index`` 511 (the first) to 0."""
+
+    kind: ClassVar[str] = "log"
+
+    gpa: int
+    index: int
+
+    def _fields(self) -> Json:
+        return {"kind": "log", "gpa": self.gpa, "index": self.index}
 
 
 @frozen(slots=True)

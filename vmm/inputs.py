@@ -268,6 +268,19 @@ class Approve(Input):
 
 
 @frozen(slots=True)
+class DrainLog(Input):
+    """The host emptied the page-modification log, and if ``clean`` cleared the dirty flags of the pages in it."""
+
+    name: ClassVar[str] = "drain"
+
+    clean: bool
+
+    def apply(self, machine: Machine) -> None:
+        """Empty it."""
+        machine.drain_log(clean=self.clean)
+
+
+@frozen(slots=True)
 class SetRegisters(Input):
     """A handler or an acting observer left registers of a vCPU with new values, by their names in a state file."""
 
@@ -380,7 +393,7 @@ def _number(value: object) -> int:
     return value
 
 
-def _truth(value: object) -> bool:
+def _boolean(value: object) -> bool:
     if type(value) is not bool:
         raise ValueError(value)
     return value
@@ -423,7 +436,7 @@ def _optional(read: Callable[[Any], T], value: object) -> T | None:
 
 _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "int": _number,
-    "bool": _truth,
+    "bool": _boolean,
     "tuple[int, ...]": _numbers,
     "bytes": _bytes,
     "Permission": Permission.parse,

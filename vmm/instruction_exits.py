@@ -7,13 +7,14 @@ from typing import Final
 
 from vmm.cpu.engine import Engine
 from vmm.cpu.events import Event
+from vmm.cpu.features import CpuidAnswer
 from vmm.decode import io_operands
 from vmm.devices import PortBus
 from vmm.exits import Cpuid, Exit, ExitReason, IoInstruction, Rdtsc, Rdtscp
 from vmm.mmu import CurrentInstruction
 from vmm.reporter import Reporter
 
-#: Virtual time-stamp ticks that each VM exit takes. Time depends on nothing else, so that runs repeat.
+#: Virtual time-stamp ticks that each VM exit takes. Without a board time depends on nothing else, so that runs repeat.
 TICKS_PER_EXIT: Final = 1000
 
 _IN: Final = 1 << 3
@@ -33,6 +34,10 @@ class InstructionExits:
         self.instruction: CurrentInstruction
         #: Has an event delivered before the next instruction.
         self.inject: Callable[[Event], None]
+        #: What CPUID says on this platform, by leaf, subleaf and CR4; None for the engine's own answer.
+        self.features: Callable[[int, int, int], CpuidAnswer | None] | None = None
+        #: Virtual time, in ticks of the time-stamp counter.
+        self.clock: Callable[[], int] = lambda: reporter.total * TICKS_PER_EXIT
         self._reporter = reporter
 
     @property
@@ -66,21 +71,25 @@ class InstructionExits:
             self.bus.write(port, size, value)
         return True
 
-    def cpuid(self, engine: Engine, leaf: int, subleaf: int, *, exact: bool) -> bool:
-        """CPUID; the processor's own answer stands."""
+    def cpuid(self, engine: Engine, leaf: int, subleaf: int, *, exact: bool) -> CpuidAnswer | bool:
+        """CPUID; the processor's own answer stands, unless the platform has another."""
         if not exact and self._wants_boundary:
             return False
         self._reporter.count(ExitReason.CPUID)
         if self._reporter.observed:
             self._consult(Cpuid(rip=engine.pc, leaf=leaf, subleaf=subleaf))
-        return True
+        if self.features is None:
+            return True
+        _, _, cr4, _, _ = engine.live.control()
+        answer = self.features(leaf, subleaf, cr4)
+        return True if answer is None else answer
 
     def timestamp(self, engine: Engine, *, with_processor_id: bool, exact: bool) -> int | None:
         """RDTSC and RDTSCP read virtual time."""
         if not exact and self._wants_boundary:
             return None
         self._reporter.count(ExitReason.RDTSCP if with_processor_id else ExitReason.RDTSC)
-        now = self._reporter.total * TICKS_PER_EXIT
+        now = self.clock()
         if self._reporter.observed:
             kind = Rdtscp if with_processor_id else Rdtsc
             self._consult(kind(rip=engine.pc, value=now))

@@ -12,10 +12,10 @@ from attrs import define
 from vmm.cpu.context import Context
 from vmm.cpu.engine import READ, WRITE, R, Stop, W
 from vmm.cpu.events import Event, GuestFault, Vector
-from vmm.ept import CLEAN, MISCONFIGURED
+from vmm.ept import CLEAN, HELD, MISCONFIGURED
 from vmm.memory import PAGE, GuestMemory
 from vmm.mmu import ForbiddenStructure, Mmu, UnmappedStructure, Violation
-from vmm.mmu.refusals import PagingStructureViolation
+from vmm.mmu.refusals import LogIsFull, PagingStructureViolation
 from vmm.paging import Access, PageFault, walk
 from vmm.trap.door import Door, SealedFrame
 from vmm.trap.refusal import Refusals, RunEnded
@@ -29,7 +29,8 @@ class GuestLinearMemory:
 
     All methods raise ``vmm.cpu.events.GuestFault`` besides where a page walk would write to a sealed frame, the
     writing ones for a store to one. They raise ``ForbiddenStructure`` where the view of the EPT is against an access,
-    ``RunEnded`` if the W^X policy has ended the run.
+    ``LogIsFull`` where a flag of the EPT has to be set and the page-modification log is full, and ``RunEnded`` if the
+    W^X policy has ended the run.
     """
 
     memory: GuestMemory
@@ -87,6 +88,8 @@ class GuestLinearMemory:
         mode, cr3 = self.mmu.current_mode(), self.context.cr3
         try:
             gpa = walk(self.mmu.structures, mode, cr3, linear, access, user=user, implicit=not user).gpa
+        except LogIsFull:
+            raise
         except PagingStructureViolation as problem:
             refusal = problem.refusal(linear & -PAGE, READ if access == Access.READ else WRITE)
             if isinstance(refusal, Violation) and self.mmu.view.forbids(problem.gpa, problem.needed):
@@ -104,7 +107,10 @@ class GuestLinearMemory:
             leaf = view.ept.host_page(gpa) or 0  # a code frame of which the view's limit leaves nothing
         if leaf in (0, MISCONFIGURED):
             raise UnmappedStructure(gpa, linear)
-        return gpa, view.ept.dirty(gpa) if leaf & CLEAN and access == Access.WRITE else leaf
+        clean = leaf & CLEAN and access == Access.WRITE
+        if leaf & HELD or (clean and view.ept.is_log_full):
+            raise LogIsFull(gpa, kind, leaf, 0)
+        return gpa, view.ept.dirty(gpa) if clean else leaf
 
 
 def _fault_of(refused: Event | Stop) -> Exception:

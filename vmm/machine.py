@@ -10,6 +10,7 @@ from vmm.block_events import BlockEvents, reporting
 from vmm.coherence import Coherence, FetchSides, FetchView, Sanitizer
 from vmm.control_fields import ControlFields
 from vmm.cpu.events import Event, EventType
+from vmm.cpu.features import pc_cpuid
 from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Workpiece
 from vmm.devices.from_manifest import attach_inputs
 from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
@@ -23,11 +24,12 @@ from vmm.guest.loader import Guest, load_guest
 from vmm.guest.manifest import WorkpieceSpec
 from vmm.host_memory import HostMemory
 from vmm.host_views import HostViews
-from vmm.inputs import Answer, Inject, Inputs, Interrupt, Stop
+from vmm.inputs import Answer, DrainLog, Inject, Inputs, Interrupt, Stop
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.pc import Pc
 from vmm.processor import Processor
 from vmm.reporter import E, Handler, Observer, Reporter
 from vmm.run_loop import RunLoop
@@ -38,6 +40,7 @@ from vmm.translation import BlockCache
 from vmm.trap.door import Door
 from vmm.trap.frames import RW, RWX, FrameControl, verify_frame
 from vmm.trap.guard import StepGuard
+from vmm.trap.log import LogKeeper
 from vmm.trap.policy import Trap, TrapPolicy
 from vmm.trap.refusal import Refusals
 from vmm.trap.virtualization import VirtualizationExceptions
@@ -56,7 +59,7 @@ class Machine:
         self.options: Final = options or RunOptions()
         guest = with_policy(guest, self.options)
         self.guest: Final = guest
-        state = boot.build(guest)
+        state = guest.boot or boot.build(guest)
         self.inputs: Final = Inputs()
         self.reporter: Final = Reporter(guest.manifest.limits.exits, self.inputs)
         self.ports: Final = PortBus(self.inputs)
@@ -117,6 +120,7 @@ class Machine:
         )
         #: How the run ended, once it has.
         self.end: End | None = None
+        self._log: Final = self._keep_log()
         self._events: Final = [self._hear(processor) for processor in self.loop.processors]
         if self.options.block_events:
             self.blocks.observer = reporting(
@@ -124,6 +128,8 @@ class Machine:
             )
         self.console: Final = ConsolePort(self._print)
         self._printers: list[Callable[[bytes], None]] = []
+        #: The devices of a PC; None where the guest has nothing but a few ports.
+        self.pc: Final = self._make_pc() if guest.is_pc else None
         self._attach_devices()
         self._load(state)
 
@@ -182,6 +188,8 @@ class Machine:
         self.inputs.note(Stop())
         self.reporter.stopped = True
         self.state.finish("stopped", {})
+        if self.pc is not None:
+            self.pc.come_out()
 
     def break_in(self) -> None:
         """End the run from another thread or a signal handler, at once; the machine cannot go on afterwards."""
@@ -293,6 +301,19 @@ class Machine:
         """
         self.host_memory.seal(gpa, size)
 
+    def drain_log(self, *, clean: bool = False) -> tuple[int, ...]:
+        """Empty the page-modification log: the GPAs of the pages that the guest has written, in order (29.3.6).
+
+        Each page was logged when its dirty flag was set, hence once. With ``clean`` the flags of these pages are
+        cleared, so that the next write to one is logged again. Raises ``OptionError`` where nothing is logged: it
+        takes an EPT profile with ``page_modification_log`` and ``accessed_dirty``.
+        """
+        if self._log is None:
+            fix = "give a profile with page_modification_log and accessed_dirty"
+            raise OptionError("nothing is logged", where="page-modification log", fix=fix)
+        with self.inputs.during(DrainLog(clean)):
+            return self._log.drain(clean=clean)
+
     def invept(self) -> None:
         """Forget every cached translation, as INVEPT does: what a change of entries in ``ept`` itself asks for.
 
@@ -347,6 +368,7 @@ class Machine:
             exits,
             number=number,
             hears_entries=self.options.audit or self._several or self.sanitizer is not None,
+            counts_entries=self.guest.is_pc,
             view=None if self.sanitizer is None else FetchView(self.sanitizer, number),
         )
         vcpu.pace.counts = self._several or self.sanitizer is not None
@@ -397,11 +419,31 @@ class Machine:
             processor.vcpu, self.memory, self.blocks, processor.step_over, audit=self.options.audit
         )
 
+    def _keep_log(self) -> LogKeeper | None:
+        if self.ept.log is None:
+            return None
+        keeper = LogKeeper(self.ept.log, self._views, self.reporter, self._flush)
+        for processor in self.loop.processors:
+            processor.log = keeper
+        return keeper
+
+    def _make_pc(self) -> Pc:
+        """A PC's board for the first vCPU, whose time is the machine's."""
+        processor = self.loop.processors[0]
+        countdown = processor.vcpu.free.countdown
+        assert countdown is not None
+        pc = Pc(self.reporter, countdown, self.console.emit, lambda: self.state.finish("reset", {}))
+        processor.board = pc
+        self._exits[0].clock, self._exits[0].features = pc.now, pc_cpuid
+        return pc
+
     def _raise_interrupt(self, vector: int, vcpu: int) -> None:
         self.loop.processors[vcpu].interrupts.add(vector)
 
     def _attach_devices(self) -> None:
         manifest = self.guest.manifest
+        if self.pc is not None:
+            self.pc.attach(self.ports)
         self.ports.attach(self.console, manifest.console.port, inside=True)
         if manifest.end.port is not None:
             ended = DebugExit(lambda port, value: self.state.finish("port", {"port": port, "value": value}))
@@ -463,7 +505,10 @@ class Machine:
 
     def _stop_engines(self) -> None:
         for vcpu in self.vcpus:
-            vcpu.free.ask_to_stop()
+            if vcpu.free.countdown is not None:
+                vcpu.free.countdown.hurry()
+            else:
+                vcpu.free.ask_to_stop()
 
     def _print(self, data: bytes) -> None:
         for printer in self._printers:

@@ -31,6 +31,7 @@ DEATHS: Final = frozenset({"triple fault", "exits", "time", "unmapped memory"})
 _WORDS: Final = {
     "port": "{value:#x} written to port {port:#x}",
     "halt": "HLT at {rip:#x}, with no interrupt to come",
+    "reset": "a reset of the machine at {rip:#x}",
     "triple fault": "triple fault at {rip:#x}, while vector {vector} was delivered",
     "W^X violation": "a {access} at {gva:#x} that the W^X policy refuses (rule {rule}), by the instruction at {rip:#x}",
     "unmapped memory": "the instruction at {rip:#x} reached for GPA {gpa:#x}, where there is no memory",
@@ -82,7 +83,7 @@ def describe(end: End) -> str:
 
 
 def _is_wanted(manifest: Manifest, end: End) -> bool:
-    if end.reason == "halt":
+    if end.reason in ("halt", "reset"):
         return manifest.end.halt
     return end.reason == "port" and manifest.end.value in (None, end.detail["value"])
 

@@ -8,6 +8,7 @@ from typing import Final
 from attrs import define, field
 
 from vmm import exits
+from vmm.board import Board
 from vmm.control_fields import ControlFields
 from vmm.cpu import layout
 from vmm.cpu.delivery import TripleFault, deliver
@@ -24,6 +25,8 @@ from vmm.memory import PAGE
 from vmm.mmu import (
     ForbiddenStructure,
     GuestFault,
+    LogFull,
+    LogIsFull,
     Misconfiguration,
     NonCanonical,
     Unjudged,
@@ -34,6 +37,7 @@ from vmm.paging.access import ErrorCode
 from vmm.reporter import Reporter
 from vmm.run_state import RunState
 from vmm.translation import BlockCache, Span
+from vmm.trap.log import LogKeeper
 from vmm.trap.policy import DeniedAccess, Trap, UnmappedAccess
 from vmm.trap.refusal import RunEnded
 from vmm.trap.virtualization import VIRTUALIZATION_EXCEPTION
@@ -67,6 +71,10 @@ class Processor:
     fields: ControlFields
     pending: deque[Event] = field(factory=deque)
     interrupts: set[int] = field(factory=set)
+    #: The devices around it; None for a processor that has nothing but ports.
+    board: Board | None = None
+    #: Reads the page-modification log; None without one.
+    log: LogKeeper | None = None
     #: Whether it waits at a HLT.
     halted: bool = False
     _stepped_block: tuple[tuple[Span, ...], str] = ((), "")
@@ -74,7 +82,14 @@ class Processor:
     @property
     def ready(self) -> bool:
         """Whether it has something to execute: it is not halted, or an event wakes it."""
-        return not self.halted or bool(self.pending) or bool(self.interrupts and self.vcpu.context.rflags & _RFLAGS_IF)
+        if not self.halted or self.pending:
+            return True
+        return self._interrupted and bool(self.vcpu.context.rflags & _RFLAGS_IF)
+
+    @property
+    def _interrupted(self) -> bool:
+        """Whether an external interrupt is pending, deliverable or not."""
+        return bool(self.interrupts) or (self.board is not None and self.board.interrupting)
 
     def take_turn(self, instructions: int | None) -> None:
         """Run until the end of the run, a halt, or the end of the turn: after that many instructions (None: no end)."""
@@ -83,7 +98,9 @@ class Processor:
         if instructions is not None:
             pace.begin(instructions)
         while not (state.is_over or self.halted or pace.is_over):
-            if self.pending or self.interrupts:
+            if self.board is not None:
+                self.board.settle()
+            if self.pending or self._interrupted:
                 self._deliver_what_is_due()
             if state.ending is None and not pace.is_over:
                 stop = self._enter()
@@ -97,6 +114,8 @@ class Processor:
         vcpu = self.vcpu
         if self.single_step or self.interrupts or vcpu.instruction.held is not None or vcpu.pace.in_tail:
             return self._step()
+        if self.board is not None:
+            self.board.arm()
         return vcpu.run()
 
     def _step(self) -> Stop | Event | None:
@@ -106,6 +125,8 @@ class Processor:
         view, pc = self.vcpu.view, context.pc
         code, bits = (self.vcpu.instruction.code, context.code_bits) if view is not None else (b"", 64)
         control = (context.cr0, context.cr3, context.cr4)
+        if self.board is not None:
+            self.board.spend()
         try:
             outcome = self.trap.step()
         except UnmappedAccess as problem:
@@ -135,6 +156,8 @@ class Processor:
         outcome = None
         while outcome is None and not self._is_wanted_outside:
             outcome = self._step()
+            if self.board is not None:
+                self.board.settle()
             here = self.vcpu.mmu.fetch_host(self.vcpu.context.pc)
             if here is None or not any(address <= here < address + size for address, size in spans):
                 break
@@ -143,19 +166,27 @@ class Processor:
     @property
     def _is_wanted_outside(self) -> bool:
         """Whether the run loop has something to do before the next instruction."""
-        return self.state.is_over or self.vcpu.pace.is_over or bool(self.pending or self.interrupts)
+        taken = self._interrupted and self._interruptible
+        return self.state.is_over or self.vcpu.pace.is_over or bool(self.pending) or taken
 
     def _deliver_what_is_due(self) -> None:
         """Inject pending events, then an external interrupt if the guest takes one at this boundary."""
         if self.pending:
             self._deliver(self.pending.popleft())
-        elif self.interrupts and self._interruptible:
-            vector = max(self.interrupts)
-            self.interrupts.remove(vector)
+        elif self._interruptible:
+            vector = self._take_interrupt()
             self.reporter.count(ExitReason.EXTERNAL_INTERRUPT)
             if self.reporter.observed:
                 self.reporter.exit(exits.ExternalInterrupt(rip=self.vcpu.context.pc, vector=vector))
             self._deliver(Event(vector, EventType.EXTERNAL_INTERRUPT))
+
+    def _take_interrupt(self) -> int:
+        """The vector of the interrupt that is taken now."""
+        if self.board is not None and not self.interrupts:
+            return self.board.acknowledge()
+        vector = max(self.interrupts)
+        self.interrupts.remove(vector)
+        return vector
 
     @property
     def _interruptible(self) -> bool:
@@ -183,11 +214,16 @@ class Processor:
             case Stop.HALT:
                 self._halt()
             case Stop.EXACT:
-                self._answer(self._step())
+                self._execute()
             case Stop.ASKED:
                 self.blocks.trim()
                 if self._stepped_block[0]:
                     self._answer(self._step_block())
+
+    def _execute(self) -> None:
+        """Step the instruction that wants a boundary before it, unless somebody has ended the run there."""
+        if self.state.ending is None:
+            self._answer(self._step())
 
     def _refused(self) -> None:
         """A TLB fill was refused: by the guest's page tables, or by the EPT."""
@@ -202,7 +238,7 @@ class Processor:
                     self._answer(self.trap.answer(refusal))
                 except UnmappedAccess as problem:
                     self._unmapped(problem)
-            case (GuestFault() | NonCanonical()) if self._is_early(refusal.page, refusal.access):
+            case (GuestFault() | NonCanonical() | LogFull()) if self._is_early(refusal.page, refusal.access):
                 self._answer(self._step())
             case (GuestFault() | NonCanonical()) if refusal.access != FETCH and self._is_undefined():
                 self._raise(_UNDEFINED)
@@ -214,6 +250,8 @@ class Processor:
                 self._raise(Event(vector, EventType.HARDWARE_EXCEPTION, 0))
             case Misconfiguration():
                 self._misconfigured(refusal)
+            case LogFull():
+                self._log_full()
             case None:
                 raise AssertionError("a fill was refused without a reason")
 
@@ -277,6 +315,10 @@ class Processor:
         except UnmappedStructure as problem:
             self.state.finish("unmapped memory", {"gpa": problem.gpa, "gva": problem.linear})
             return
+        except LogIsFull:
+            self._log_full()
+            self.pending.appendleft(event)
+            return
         except ForbiddenStructure as problem:
             self._forbidden(event, problem)
             return
@@ -310,7 +352,7 @@ class Processor:
             self.pending.appendleft(decision if isinstance(decision, Event) else event)
 
     def _vmfunc(self) -> None:
-        """VMFUNC (see ``vmm.vm_functions``). Like a VMCALL, one that exits and that a handler has dealt with is done."""
+        """VMFUNC (see ``vmm.vm_functions``). Like a VMCALL, one that a handler has dealt with is done."""
         context = self.vcpu.context
         eax, ecx = (context.gprs[number] & _LOW_32 for number in (0, 1))
         if is_undefined(self.views, eax):
@@ -367,15 +409,23 @@ class Processor:
             self._raise(undefined)
 
     def _halt(self) -> None:
-        """HLT: wait for an interrupt; with none to come, the run is over."""
+        """HLT: wait for an interrupt; with none to come, or none that would be taken, the run is over."""
         context = self.vcpu.context
         self.reporter.count(ExitReason.HLT)
         if self.reporter.observed:
             self.reporter.exit(exits.Hlt(rip=context.pc - 1))
         context.end_shadow()
         self.halted = True
-        if self.ready:
+        if self.board is not None and context.rflags & _RFLAGS_IF:
+            while not (self.ready or self.state.is_over) and self.board.sleep():
+                pass
+        if self.ready or self.state.is_over:
             self.halted = False
+
+    def _log_full(self) -> None:
+        """An access needs room in the page-modification log; it is tried again afterwards."""
+        if self.log is not None:
+            self.log.full(self.vcpu.context.pc)
 
     def _misconfigured(self, refusal: Misconfiguration) -> None:
         """The host has set up the EPT wrongly; only a handler can mend that."""

@@ -32,6 +32,8 @@ class RunLoop:
                 take_turn()
         reason, detail = self._state.settle(seconds)
         self.current.trap.close_windows()
+        if self.current.log is not None:
+            self.current.log.report()
         end = End(reason, self.current.vcpu.context.rip, detail, vcpu=self._reporter.vcpu)
         self._reporter.emit(end)
         return end

@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from attrs import define, field
 
 from vmm.exits import Json
 from vmm.reporter import Reporter
+
+#: Seconds between two attempts to stop the engines: one that is about to start does not hear the first.
+_AGAIN: Final = 0.02
 
 
 @define(slots=True, eq=False)
@@ -21,6 +25,9 @@ class RunState:
     ending: tuple[str, Json] | None = None
     _interrupted: bool = field(default=False, init=False)
     _time_is_up: bool = field(default=False, init=False)
+    #: Set when the engines have to stop at once, and when they have.
+    _hurry: threading.Event = field(factory=threading.Event, init=False)
+    _done: threading.Event = field(factory=threading.Event, init=False)
 
     @property
     def is_over(self) -> bool:
@@ -36,6 +43,7 @@ class RunState:
         """End the run from another thread or a signal handler. The machine cannot go on afterwards."""
         self._interrupted = True
         self.stop_engines()
+        self._hurry.set()
 
     def settle(self, seconds: float) -> tuple[str, Json]:
         """The reason of the end and its detail, now that nothing executes any more."""
@@ -51,14 +59,19 @@ class RunState:
     @contextmanager
     def time_limit(self, seconds: float) -> Iterator[None]:
         """Break into the guest when its time is over, even if it loops without an exit."""
-        timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), self._end_of_time)
-        timer.daemon = True
-        timer.start()
+        watch = threading.Thread(target=self._watch, args=(seconds,), name="vmm-watch", daemon=True)
+        watch.start()
         try:
             yield
         finally:
-            timer.cancel()
+            self._done.set()
+            self._hurry.set()
+            watch.join()
 
-    def _end_of_time(self) -> None:
-        self._time_is_up = True
-        self.stop_engines()
+    def _watch(self, seconds: float) -> None:
+        """Stop the engines when the time is over or somebody breaks in, as often as it takes."""
+        if not self._hurry.wait(min(seconds, threading.TIMEOUT_MAX)):
+            self._time_is_up = True
+        while not self._done.is_set():
+            self.stop_engines()
+            self._done.wait(_AGAIN)

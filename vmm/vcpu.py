@@ -11,6 +11,7 @@ from vmm.cpu.context import Context
 from vmm.cpu.early_flags import computes_flags, is_conditional_store
 from vmm.cpu.engine import Engine, Stop
 from vmm.cpu.events import Event, EventType, Vector
+from vmm.cpu.features import CpuidAnswer
 from vmm.cpu.free import FreeRunningEngine
 from vmm.cpu.state import SegmentName
 from vmm.cpu.stepping import SteppingEngine
@@ -41,8 +42,8 @@ class Platform(Protocol):
     def port_out(self, engine: Engine, port: int, size: int, value: int, *, exact: bool) -> bool:
         """Do an OUT; False to decline."""
 
-    def cpuid(self, engine: Engine, leaf: int, subleaf: int, *, exact: bool) -> bool:
-        """CPUID is about to execute; False to decline."""
+    def cpuid(self, engine: Engine, leaf: int, subleaf: int, *, exact: bool) -> CpuidAnswer | bool:
+        """What CPUID says, or True for the engine's own answer; False to decline."""
 
     def timestamp(self, engine: Engine, *, with_processor_id: bool, exact: bool) -> int | None:
         """The virtual time-stamp counter; None to decline."""
@@ -61,13 +62,14 @@ class VirtualCpu:
         *,
         number: int,
         hears_entries: bool,
+        counts_entries: bool = False,
         view: FetchView | None = None,
     ) -> None:
         self.number = number
         #: What it fetches under a weaker coherence model; None if it is coherent.
         self.view = view
         self._blocks = blocks
-        self.free = FreeRunningEngine(memory, hears_entries=hears_entries)
+        self.free = FreeRunningEngine(memory, hears_entries=hears_entries, counts_entries=counts_entries)
         self.stepping = SteppingEngine(memory)
         self.context = Context(self.free.handle)
         self.mmu = Mmu(memory, ept, frames, self.context)
@@ -200,7 +202,7 @@ class _Environment:
     def port_out(self, port: int, size: int, value: int) -> bool:
         return self._platform.port_out(self._engine, port, size, value, exact=self._exact)
 
-    def cpuid(self, leaf: int, subleaf: int) -> bool:
+    def cpuid(self, leaf: int, subleaf: int) -> CpuidAnswer | bool:
         return self._platform.cpuid(self._engine, leaf, subleaf, exact=self._exact)
 
     def timestamp(self, *, with_processor_id: bool) -> int | None:

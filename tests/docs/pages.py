@@ -5,6 +5,7 @@ What is done with a block follows from what stands behind its opening fence:
 =================  =============================================================================================
 ``sh``             commands, run by the shell in the page's folder; all of them must succeed
 ``sh needs as ld`` the same, left out where one of these programs is missing
+``sh linux``       the same, left out unless the folder has Debian's kernel, as in `tests/linux`
 ``python``         Python, executed; the blocks of a page share one namespace
 ``toml``           a complete manifest, parsed
 ``LANG NAME``      any of ``python``, ``toml``, ``script`` with a name: the contents of a file in the page's folder
@@ -80,6 +81,9 @@ class Reader:
                 self.printed = self._shell(block)
             case "sh", ["needs", *programs]:
                 self.left_out = not all(map(shutil.which, programs))
+                self.printed = None if self.left_out else self._shell(block)
+            case "sh", ["linux"]:
+                self.left_out = not (self.folder / "vmlinuz").exists()
                 self.printed = None if self.left_out else self._shell(block)
             case ("python" | "toml" | "script"), [name]:
                 assert re.fullmatch(r"[\w.-]+", name), f"{block.where}: {name!r} is no file name"

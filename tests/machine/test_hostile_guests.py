@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from tiny import CODE, END, STRICT, build, map_page
 
@@ -78,8 +80,6 @@ def test_pages_that_code_was_fetched_from_are_remembered_within_bounds(monkeypat
 
 
 def test_a_host_that_breaks_in_stops_a_guest_that_never_exits() -> None:
-    import threading
-
     made = build(f"jmp {CODE}", options=RunOptions(seconds=60))
     timer = threading.Timer(0.2, made.machine.break_in)
     timer.start()
@@ -96,3 +96,21 @@ def test_an_event_reaches_a_guest_that_loops_in_a_block_that_is_always_stepped()
 
     assert made.run().reason == "triple fault"  # there is no IDT
     assert made.count(ExitReason.CPUID) == 1
+
+
+@pytest.mark.parametrize("seconds", [0.1, 60.0])
+def test_an_engine_that_misses_the_first_request_to_stop_is_asked_again(seconds, monkeypatch) -> None:
+    """As one does that is about to start at that moment."""
+    made = build("l: jmp l", options=RunOptions(seconds=seconds))
+    ask, asked = made.machine.state.stop_engines, []
+
+    def deaf_at_first() -> None:
+        asked.append(seconds)
+        if len(asked) > 1:
+            ask()
+
+    monkeypatch.setattr(made.machine.state, "stop_engines", deaf_at_first)
+    if seconds == 60.0:
+        threading.Timer(0.1, made.machine.break_in).start()
+    assert made.run().reason == ("interrupted" if seconds == 60.0 else "time")
+    assert len(asked) > 1

@@ -7,7 +7,7 @@ import ctypes
 import pytest
 from unicorn.unicorn_const import UC_HOOK_INSN, UC_HOOK_MEM_READ, UC_HOOK_MEM_WRITE
 from unicorn.unicorn_py3.unicorn import UcError
-from unicorn.x86_const import UC_X86_INS_RDTSC
+from unicorn.x86_const import UC_X86_INS_CPUID, UC_X86_INS_RDTSC, UC_X86_REG_RBX
 
 from .bare_unicorn import CODE, DATA, HLT, OK, Bare
 
@@ -136,3 +136,27 @@ def test_q66_aligned_sse_accesses_are_not_checked() -> None:
     exceptions = b.interrupts()
     assert b.run() == OK
     assert (exceptions, b.ram[DATA + 4 : DATA + 8]) == ([], b"\0\0\x80\x3f")  # a processor: #GP
+
+
+def test_q71_rdrand_gives_other_numbers_each_time() -> None:
+    seen = set()
+    for _ in range(2):
+        b = Bare()
+        b.put(CODE, b"\x48\x0f\xc7\xf0" + HLT)  # rdrand rax
+        b.run()
+        seen.add(b["rax"])
+    assert len(seen) == 2
+
+
+def test_q72_a_cpuid_hook_that_returns_1_replaces_the_instruction() -> None:
+    b = Bare()
+    b.put(CODE, "cpuid; hlt")
+
+    def hook(uc, _data) -> int:
+        uc.reg_write(UC_X86_REG_RBX, 0x1234)
+        return 1
+
+    b["rax"] = 0x77
+    b.uc.hook_add(UC_HOOK_INSN, hook, None, 1, 0, UC_X86_INS_CPUID)
+    b.run()
+    assert (b["rax"], b["rbx"]) == (0x77, 0x1234)

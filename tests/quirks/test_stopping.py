@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import threading
 
 import pytest
 from unicorn.unicorn_const import UC_ARCH_X86, UC_HOOK_BLOCK, UC_HOOK_MEM_WRITE_PROT, UC_MEM_FETCH, UC_MODE_64
-from unicorn.unicorn_py3.unicorn import Uc, UcContext, UcError
+from unicorn.unicorn_py3.unicorn import Uc, UcContext, UcError, uclib
 from unicorn.x86_const import UC_X86_REG_RCX, UC_X86_REG_RDI, UC_X86_REG_RDX, UC_X86_REG_RIP
 
-from .bare_unicorn import CODE, DATA, OK, PAGE, REFUSED, Bare, R, asm
+from .bare_unicorn import CODE, DATA, OK, PAGE, REFUSED, Bare, R, address_of, asm
 
 OUT_80 = "mov eax, 5; add eax, 0x7ffffffb; out 0x80, al; "
 AT_OUT = CODE + 10
@@ -67,6 +69,21 @@ def test_q36_each_iteration_of_rep_is_an_entry() -> None:
     b.uc.hook_add(UC_HOOK_BLOCK, lambda _uc, address, _size, _data: entries.append(address))
     b.run()
     assert entries.count(CODE + 10) == 4
+
+
+def test_q37_a_hook_may_be_machine_code() -> None:
+    """A block hook that adds the size of each block to its user data."""
+    code = mmap.mmap(-1, PAGE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    code.write(bytes.fromhex("89d0 480101 c3"))  # mov eax, edx; add [rcx], rax; ret
+    b = Bare()
+    b.put(CODE, "mov ecx, 3; l: dec ecx; jnz l; hlt")
+    total, handle = ctypes.c_uint64(), ctypes.c_size_t()
+    status = uclib.uc_hook_add(
+        b.uc._uch, ctypes.byref(handle), ctypes.c_int(UC_HOOK_BLOCK), ctypes.c_void_p(address_of(code)),
+        ctypes.byref(total), ctypes.c_uint64(1), ctypes.c_uint64(0),
+    )  # fmt: skip
+    assert (status, b.run()) == (0, OK)
+    assert total.value == 9 + 2 * 4 + 1
 
 
 def test_q31_hlt_returns_success_with_rip_behind_it() -> None:
@@ -174,6 +191,12 @@ def test_q33_ins_and_outs_call_once_an_element_and_fault_before_the_device_is_to
     assert (b.pc, b["rcx"]) == (CODE, 3)
 
 
+def stop_until(b: Bare, over: threading.Event) -> None:
+    """Ask the engine to stop until it has: a request before it starts is lost."""
+    while not over.wait(0.002):
+        b.uc.emu_stop()
+
+
 def test_q34_a_stop_from_another_thread_replays_read_modify_writes() -> None:
     """Statistical: each stop has a large chance; that none of 40 shows it is out of the question."""
     replayed = 0
@@ -181,10 +204,12 @@ def test_q34_a_stop_from_another_thread_replays_read_modify_writes() -> None:
         b = Bare()
         b.put(CODE, "l: inc qword ptr [rdi]; inc rcx; cmp rcx, rdx; jb l; hlt")
         b["rdi"], b["rdx"] = DATA, 1 << 40
-        timer = threading.Timer(0.002, b.uc.emu_stop)
-        timer.start()
+        over = threading.Event()
+        stopper = threading.Thread(target=stop_until, args=(b, over))
+        stopper.start()
         b.run()
-        timer.join()
+        over.set()
+        stopper.join()
         at_loop = b.pc == CODE
         memory = int.from_bytes(b.ram[DATA : DATA + 8], "little")
         replayed += at_loop and memory == b["rcx"] + 1  # stored, but RIP is still at the INC

@@ -16,6 +16,7 @@ from vmm.exits import (
     Exit,
     FrameEvent,
     Injection,
+    LogEntry,
     Modification,
     Mtf,
     Record,
@@ -25,7 +26,7 @@ from vmm.exits import (
 from vmm.trace.sink import TraceSink, by_json, line
 
 EXITS = Exit.__subclasses__()
-RECORDS = [*EXITS, Modification, BlockEvent, FrameEvent, Injection, RefusedAccess, StaleExecution]
+RECORDS = [*EXITS, Modification, BlockEvent, FrameEvent, Injection, RefusedAccess, StaleExecution, LogEntry]
 
 numbers = st.integers(0, (1 << 64) - 1)
 VALUES = {

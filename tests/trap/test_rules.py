@@ -39,7 +39,7 @@ again:
 RIGHT = sum(range(1, ROUNDS + 1))
 POLICIES = [
     Policy(reads, writes, code)
-    for reads in ("step", "grant")
+    for reads in ("step", "grant", "adaptive")
     for writes in ("step", "window", "adaptive")
     for code in ("load", "fetch")
 ]

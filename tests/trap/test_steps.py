@@ -9,6 +9,7 @@ from tiny import CODE, DATA, PAGE, STACK, map_page
 from vmm.exits import ExceptionExit, ExitReason
 from vmm.guest.manifest import Policy
 from vmm.machine import RunOptions
+from vmm.trap.policy import HOT_FRAME
 
 #: Two code pages next to each other at linear addresses, in frames that are not; and a page that is not mapped.
 FIRST, SECOND = 0x4000_0000, 0x4000_1000
@@ -328,6 +329,13 @@ class TestReads:
         made = run(f"mov ebx, {FIRST}; mov eax, [rbx]; mov ecx, [rbx]", policy=Policy(reads="grant", code="load"))
         assert len(made.violations) == 1
         assert made.count(ExitReason.MTF) == 0
+        assert str(made.machine.ept.entry(FRAME_1).permissions) == "r-x"
+
+    def test_or_it_does_once_it_is_hot(self):
+        source = f"mov ebx, {FIRST}; mov ecx, 40; again: mov eax, [rbx]; dec ecx; jnz again"
+        made = run(source, policy=Policy(reads="adaptive", code="load"))
+        assert made.count(ExitReason.MTF) == HOT_FRAME
+        assert len(made.violations) == HOT_FRAME + 1
         assert str(made.machine.ept.entry(FRAME_1).permissions) == "r-x"
 
     def test_a_granted_frame_still_traps_stores(self):

@@ -19,6 +19,7 @@ from vmm.commands.screen import Screen, standard_error, standard_output
 from vmm.commands.summary import add_row, introduce, summarize
 from vmm.errors import GuestError
 from vmm.exits import End
+from vmm.guest.kallsyms import find_kallsyms, to_text
 from vmm.guest.loader import Guest, load_guest
 from vmm.machine import Machine, RunOptions
 from vmm.outcome import Outcome, Status, judge
@@ -31,6 +32,8 @@ from vmm.trace.sink import TraceSink
 from vmm.translation.cache import DEFAULT_CAPACITY
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from vmm.script_actions import ScriptRun
     from vmm.trace.matcher import Verdict
     from vmm.trace.script import Script
@@ -54,6 +57,10 @@ class RunRequest:
     blocks: bool = False
     quiet: bool = False
     everything: bool = False
+    #: Where to write the symbols that a Linux kernel has in its memory at the end.
+    kernel_symbols: str | None = None
+    #: Show what the guest prints as it comes, instead of records.
+    live: bool = False
     verbose: bool = False
     seconds: float | None = None
     seed: int | None = None
@@ -87,21 +94,39 @@ OWN_SCRIPT: Final = "own"
 
 def run(request: RunRequest) -> int:
     """Run a guest; the exit status. Raises ``InputError`` and ``EngineError`` for what cannot be run."""
-    log = Diagnostics(wanted=request.verbose)
     guest = load_guest(request.target)
     if request.expect == OWN_SCRIPT:
         request = evolve(request, expect=str(guest.manifest.own_script))
+    return run_guest(guest, request)
+
+
+def run_guest(
+    guest: Guest,
+    request: RunRequest,
+    *,
+    prepare: Callable[[Machine], None] = lambda _machine: None,
+    also_read: Sequence[Path] = (),
+) -> int:
+    """Run a guest that is loaded already; ``prepare`` gets the machine before it runs, and is done after all else.
+
+    ``also_read`` are files that outputs may not replace, besides those that the guest and the request name.
+    """
+    log = Diagnostics(wanted=request.verbose)
     log.tell("guest loaded", guest=guest.name, entry=hex(guest.entry), symbols=len(guest.image.symbols))
     memory = guest.manifest.machine.memory
     ranges = [MemoryRange.parse(text, memory=memory) for text in request.hashes]
     script = None if request.expect is None else _load_script(request.expect, guest)
     options = request.options()
-    with Interruption() as interruption, Outputs(_inputs(guest, request)) as outputs:
+    with Interruption() as interruption, Outputs([*_inputs(guest, request), *also_read]) as outputs:
         trace = outputs.add("--trace", request.trace)
         state = outputs.add("--state", request.state)
+        symbols = outputs.add("--symbols", request.kernel_symbols)
         machine = Machine(guest, options)
         log.tell("engines verified and made", unicorn=version("unicorn"), memory=memory)
-        return _Run(request, machine, trace, state, script, log).go(ranges, interruption)
+        watched = _Run(request, machine, trace, state, script, log)
+        watched.symbols = symbols
+        prepare(machine)
+        return watched.go(ranges, interruption)
 
 
 def _load_script(path: str, guest: Guest) -> Script:
@@ -142,9 +167,10 @@ class _Run:
         self.view: ConsoleView | None = None
         self.sink: TraceSink | None = None
         self.script: ScriptRun | None = None
+        self.symbols: OutputFile | None = None
         if trace is not None:
             self.sink = record(machine, trace, target=request.target)
-        if not request.quiet:
+        if not (request.quiet or request.live):
             self.view = ConsoleView(machine, self.screen.painter, everything=request.everything)
             machine.observe(self.view.record)
         if script is not None:
@@ -152,6 +178,8 @@ class _Run:
 
             self.script = ScriptRun(machine, script)
             hear_text(machine, [self.script.matcher.console])
+        if request.live and not request.quiet:
+            hear_text(machine, [self._show_live])
 
     def go(self, ranges: list[MemoryRange], interruption: Interruption) -> int:
         """Run, then write and say what is to be written and said; the exit status."""
@@ -159,7 +187,7 @@ class _Run:
         if self.view is not None:
             introduce(machine, self.screen.painter)
         # Nothing to show progress for where every record goes to the same terminal.
-        wanted = not request.quiet and not (request.everything and sys.stdout.isatty())
+        wanted = not (request.quiet or request.live) and not (request.everything and sys.stdout.isatty())
         with Progress(machine, wanted=wanted) as progress:
             self.screen.before = progress.hide
             interruption.break_in = machine.break_in
@@ -179,16 +207,26 @@ class _Run:
         taken = STDOUT in (self.request.trace, self.request.state)
         return (standard_error if taken else standard_output)(color=self.request.color)
 
+    def _show_live(self, text: str) -> None:
+        """What the guest prints, for a terminal as it is, for files with ends of lines as files have them."""
+        self.screen.write(text if sys.stdout.isatty() else text.replace("\r", ""))
+        self.screen.flush()
+
     def _write_files(self, end: End, ranges: list[MemoryRange]) -> None:
         if self.sink is not None:
             self.sink.flush()
         if self.state is not None:
             self.state.write(encode(state_of(self.machine, end, ranges)))
+        if self.symbols is not None:
+            self.symbols.write(to_text(find_kallsyms(self.machine.memory.mapping)).encode())
 
     def _conclude(self, outcome: Outcome) -> int:
         verdict = None if self.script is None else self.script.finish()
         if self.view is not None:
             self.view.finish()
+            self._summarize(outcome, verdict)
+        elif self.request.live and not self.request.quiet:
+            self.screen.write("\r\n" if sys.stdout.isatty() else "\n")
             self._summarize(outcome, verdict)
         self._complain(outcome, verdict)
         if outcome.status is Status.OK and verdict is not None and not verdict.ok:
@@ -197,7 +235,7 @@ class _Run:
 
     def _summarize(self, outcome: Outcome, verdict: Verdict | None) -> None:
         painter = self.screen.painter
-        summarize(self.machine, outcome, painter)
+        summarize(self.machine, outcome, painter, printed=self.view is not None)
         if verdict is not None:
             words = "holds" if verdict.ok else "does not hold"
             add_row("script", f"{words} ({self.request.expect})", painter, good=verdict.ok)

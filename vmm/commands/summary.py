@@ -25,11 +25,13 @@ def introduce(machine: Machine, painter: Painter) -> None:
     painter.line()
 
 
-def summarize(machine: Machine, outcome: Outcome, painter: Painter) -> None:
-    """Say how the run went."""
-    _printed(bytes(machine.console.output), painter)
+def summarize(machine: Machine, outcome: Outcome, painter: Painter, *, printed: bool = True) -> None:
+    """Say how the run went, and with ``printed`` also what the guest printed."""
+    if printed:
+        _printed(bytes(machine.console.output), painter)
     good = outcome.status is Status.OK
-    _row("end", f"{outcome.what}{_as_wanted(machine, outcome)}", painter, Style.GOOD if good else Style.BAD)
+    wanted = _as_wanted(machine, outcome) if printed else ""
+    _row("end", f"{outcome.what}{wanted}", painter, Style.GOOD if good else Style.BAD)
     if len(machine.vcpus) > 1:
         _row("vCPUs", _vcpus(machine), painter)
     _row("exits", _exits(machine), painter)

@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 
 from vmm.cpu import binding as b
 from vmm.cpu.context import Context
+from vmm.cpu.features import CpuidAnswer
 from vmm.cpu.live import LiveState
 from vmm.memory import PAGE, GuestMemory
 
@@ -62,8 +63,8 @@ class Environment(Protocol):
     def port_out(self, port: int, size: int, value: int) -> bool:
         """Do an OUT; False to stop before the instruction."""
 
-    def cpuid(self, leaf: int, subleaf: int) -> bool:
-        """CPUID is about to execute; False to stop before the instruction."""
+    def cpuid(self, leaf: int, subleaf: int) -> CpuidAnswer | bool:
+        """What CPUID says, or True for the engine's own answer; False to stop before the instruction."""
 
     def timestamp(self, *, with_processor_id: bool) -> int | None:
         """The value that RDTSC or RDTSCP reads; None to stop before the instruction."""
@@ -195,10 +196,12 @@ class Engine:
 
     # Hooks
 
-    def _hook(self, kind: int, callback: object, instruction: int | None = None) -> None:
+    def _hook(
+        self, kind: int, callback: object, instruction: int | None = None, user_data: object = None
+    ) -> None:
         self._keep.append(callback)
         handle = ctypes.c_size_t()
-        arguments: list[Any] = [ctypes.c_void_p(self.handle), ctypes.byref(handle), kind, callback, None]
+        arguments: list[Any] = [ctypes.c_void_p(self.handle), ctypes.byref(handle), kind, callback, user_data]
         arguments += [b.u64(1), b.u64(0)]
         if instruction is not None:
             arguments.append(ctypes.c_int(instruction))
@@ -293,12 +296,16 @@ class Engine:
             return 0
         leaf, subleaf = self.register(b.REG_RAX), self.register(b.REG_RCX)
         try:
-            done = self.environment.cpuid(leaf & 0xFFFF_FFFF, subleaf & 0xFFFF_FFFF)
+            answer = self.environment.cpuid(leaf & 0xFFFF_FFFF, subleaf & 0xFFFF_FFFF)
         except BaseException as failure:  # noqa: BLE001 - raised after the stop
             self._fail_before_instruction(failure)
             return 0
-        if not done:
+        if answer is False:
             self._stop_before_instruction(Stop.EXACT)
+        elif answer is not True:
+            for register, value in zip((b.REG_RAX, b.REG_RBX, b.REG_RCX, b.REG_RDX), answer, strict=True):
+                self._set(register, value)
+            return 1
         return 0
 
     def _on_rdtsc(self, _engine: int, _data: int) -> int:

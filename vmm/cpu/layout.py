@@ -61,7 +61,7 @@ _MSRS: Final = {0xC0000081: STAR, 0xC0000082: LSTAR, 0xC0000083: CSTAR, 0xC00000
 _PROBE_PAGE: Final = 0x1000
 
 
-class _Probe:
+class Probe:
     """A scratch engine with one page of memory, for looking at its contexts."""
 
     def __init__(self) -> None:
@@ -83,6 +83,7 @@ class _Probe:
         b.check(b.context_alloc(self.engine, ctypes.byref(self.context)), "uc_context_alloc")
 
     def close(self) -> None:
+        """Give the engine back."""
         b.context_free(self.context)
         b.close_engine(self.engine)
 
@@ -99,16 +100,26 @@ class _Probe:
         return _PROBE_PAGE <= page < _PROBE_PAGE + 8192
 
     def write(self, register: int, value: int) -> None:
+        """Set a register."""
         b.check(b.reg_write(self.engine, register, ctypes.byref(b.u64(value))), "uc_reg_write")
 
+    def read(self, register: int) -> int:
+        """A register."""
+        value = b.u64()
+        b.check(b.reg_read(self.engine, register, ctypes.addressof(value)), "uc_reg_read")
+        return value.value
+
     def run(self, code: bytes, at: int) -> None:
+        """Put code at an address and run it."""
         ctypes.memmove(ctypes.addressof(self.code) + at - _PROBE_PAGE, code, len(code))
         b.emu_start(self.engine, at, 0, 0, 0)
 
     def save(self) -> None:
+        """Save the engine into the context."""
         b.check(b.context_save(self.engine, self.context), "uc_context_save")
 
     def at(self, offset: int, kind: type[ctypes.c_uint64 | ctypes.c_uint32 | ctypes.c_int32] = b.u64) -> int:
+        """A field of the context."""
         assert self.context.value is not None
         return int(kind.from_address(self.context.value + offset).value)
 
@@ -119,7 +130,7 @@ def verify() -> None:
     Takes about 15 ms. Called once a process, before the first vCPU is made.
     """
     b.require_known_release()
-    probe = _Probe()
+    probe = Probe()
     try:
         size = b.context_size(probe.engine)
         if size != CONTEXT_SIZE:
@@ -131,7 +142,7 @@ def verify() -> None:
         raise EngineError(f"Unicorn's context keeps {', '.join(wrong)} elsewhere than known: unknown build")
 
 
-def _observations(probe: _Probe) -> list[tuple[str, bool]]:
+def _observations(probe: Probe) -> list[tuple[str, bool]]:
     """(what, found where it should be) for each field."""
     marks = {b.REG_RSP: 0x1111_2222_3333_0008, b.REG_RDX: 0x5555_6666_7777_0010}
     for register, value in marks.items():

@@ -15,6 +15,7 @@ _CONTROL: Final = struct.Struct(
     f"<I{at.CONTROL - at.HFLAGS - 4}xQ16xQQ{at.EFER - at.CONTROL - 40}xQ"
 ).unpack_from
 _FLAGS: Final = struct.Struct("<I").unpack_from
+_RFLAGS_IF: Final = 1 << 9
 
 
 class LiveState:
@@ -32,7 +33,8 @@ class LiveState:
         self._copy: Final = pointer.value
         b.check(b.context_save(engine, self._copy), "uc_context_save")
         place = at.live_state(engine, self._copy)
-        #: Whether fields are read in place.
+        #: What the offsets in ``layout`` are from where the fields are read in place; None elsewhere.
+        self.address: Final = place
         self.in_place: Final = place is not None
         base = self._copy if place is None else place
         self._fields = memoryview((ctypes.c_uint8 * at.CONTEXT_SIZE).from_address(base))
@@ -53,6 +55,13 @@ class LiveState:
             self.refresh()
         hflags, cr0, cr3, cr4, efer = _CONTROL(self._fields, at.HFLAGS)
         return cr0, cr3, cr4, efer, hflags & 3 == 3
+
+    def takes_interrupts(self) -> bool:
+        """Whether an external interrupt could be taken now, at a boundary: RFLAGS.IF set, and no interrupt shadow."""
+        if not self.in_place:
+            self.refresh()
+        (eflags,), (hflags,) = _FLAGS(self._fields, at.EFLAGS), _FLAGS(self._fields, at.HFLAGS)
+        return bool(eflags & _RFLAGS_IF) and not hflags & at.HF_INHIBIT_IRQ
 
     def mode(self) -> tuple[int, str]:
         """The digest of CPU mode that translations depend on, and the mode in words."""

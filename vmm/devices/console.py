@@ -21,7 +21,10 @@ class ConsolePort:
 
     def write(self, _port: int, size: int, value: int) -> None:
         """Print."""
-        data = value.to_bytes(size, "little")
+        self.emit(value.to_bytes(size, "little"))
+
+    def emit(self, data: bytes) -> None:
+        """Print."""
         if len(self.output) < self.LIMIT:
             self.output += data
         self._listener(data)

@@ -10,7 +10,8 @@ the VM-execution controls. Bits of IA32_VMX_EPT_VPID_CAP (48CH) that have a fiel
 
 IA32_VMX_PROCBASED_CTLS2 (48BH) reports in bit 32 + n that bit n of the secondary processor-based controls may be 1::
 
-   13 enable VM functions      18 EPT-violation #VE      22 mode-based execute control for EPT
+   13 enable VM functions    18 EPT-violation #VE                      23 sub-page write permissions for EPT
+   17 enable PML             22 mode-based execute control for EPT
 
 The physical-address width M is CPUID.80000008H:EAX[7:0].
 """
@@ -43,7 +44,12 @@ _MSR_BITS: Final = {
     "invvpid_all_contexts": 42,
     "invvpid_retaining_globals": 43,
 }
-_CTLS2_BITS: Final = {"vm_functions": 45, "virtualization_exceptions": 50, "mode_based_execute": 54}
+_CTLS2_BITS: Final = {
+    "vm_functions": 45,
+    "page_modification_log": 49,
+    "virtualization_exceptions": 50,
+    "mode_based_execute": 54,
+}
 
 
 @frozen(slots=True, kw_only=True)
@@ -65,6 +71,7 @@ class Capabilities:
     mode_based_execute: bool = True
     vm_functions: bool = True
     virtualization_exceptions: bool = True
+    page_modification_log: bool = True
     supervisor_shadow_stack: bool = False
     invept: bool = False
     invept_single_context: bool = False
@@ -108,9 +115,10 @@ class Capabilities:
 class EptProfile:
     """A processor's capabilities and what is enabled of them; the default is the machine that guests get.
 
-    ``accessed_dirty`` is bit 6 of the EPTP, ``mode_based_execute`` the VM-execution control, ``vm_functions`` that for
-    VMFUNC with EPTP switching (26.5.6), ``virtualization_exceptions`` that for EPT-violation #VE (26.5.7). Raises
-    ``OptionError`` if one is on that the capabilities do not have (VM entry would fail, SDM vol. 3, 27.2.1.1).
+    ``accessed_dirty`` is bit 6 of the EPTP, ``mode_based_execute`` the VM-execution control, ``page_modification_log``
+    that which enables PML (without ``accessed_dirty`` nothing is ever logged), ``vm_functions`` that for VMFUNC with
+    EPTP switching (26.5.6), ``virtualization_exceptions`` that for EPT-violation #VE (26.5.7). Raises ``OptionError``
+    if one is on that the capabilities do not have (VM entry would fail, SDM vol. 3, 27.2.1.1).
     """
 
     capabilities: Capabilities = Capabilities()
@@ -118,9 +126,10 @@ class EptProfile:
     mode_based_execute: bool = False
     vm_functions: bool = False
     virtualization_exceptions: bool = False
+    page_modification_log: bool = False
 
     def __attrs_post_init__(self) -> None:
-        for name in ("accessed_dirty", "mode_based_execute", "vm_functions", "virtualization_exceptions"):
+        for name in ("accessed_dirty", *_CTLS2_BITS):
             if getattr(self, name) and not getattr(self.capabilities, name):
                 what = f"{name} is enabled on a processor without it"
                 raise OptionError(what, where="EPT profile", fix=f"set {name} in its capabilities, too")
@@ -150,6 +159,9 @@ PROFILES: Final = {
     "default": EptProfile(),
     "accessed-dirty": EptProfile(accessed_dirty=True),
     "mode-based-execute": EptProfile(mode_based_execute=True),
+    "page-modification-log": EptProfile(
+        capabilities=Capabilities(pages_2m=False, pages_1g=False), accessed_dirty=True, page_modification_log=True
+    ),
     "advanced": EptProfile(capabilities=Capabilities(advanced_information=True)),
     "minimal": EptProfile(
         capabilities=Capabilities(**{**_LEAST, "walk_length_4": True, "tables_write_back": True})

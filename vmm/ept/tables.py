@@ -27,6 +27,7 @@ from vmm.ept.bits import (
 )
 from vmm.ept.capabilities import EptProfile
 from vmm.ept.entry import EptEntry, Permission, maps_page
+from vmm.ept.log import PageModificationLog
 from vmm.ept.rules import RESERVED_TYPES, EntryRules
 from vmm.ept.structures import PagingStructures, check_page
 from vmm.errors import OptionError
@@ -39,6 +40,8 @@ Leaf = int
 MISCONFIGURED: Final = 1 << 3
 #: Accessed and dirty flags are on, and the page's dirty flag is clear: a write has to go through ``dirty`` first.
 CLEAN: Final = 1 << 4
+#: An accessed flag would have to be set first, and cannot be: the page-modification log is full (29.3.6).
+HELD: Final = 1 << 5
 
 _WRITE_BACK: Final = WRITE_BACK << MEMORY_TYPE_SHIFT
 _NO_REGION: Final = (None, 0)
@@ -62,6 +65,8 @@ class ExtendedPageTables:
         self._present: Final = self.rules.present
         self._needs_read: Final = self.rules.needs_read
         self._clean: Final = CLEAN if self.profile.accessed_dirty else 0
+        #: Gets each page whose dirty flag is set; None if nothing is logged.
+        self.log = PageModificationLog() if self._clean and self.profile.page_modification_log else None
         self._pte_reserved: Final = self.rules.level(1).leaf_reserved
         #: For ``protect``, a short cut: the bits of a PTE that decide about misconfigurations, besides permissions; and
         #: by permissions, whether a PTE is then present and well-formed, so that it is the leaf but for what is above.
@@ -74,9 +79,15 @@ class ExtendedPageTables:
         """An EPT with the same entries, its PML4 table at the host-physical address ``root``; nothing is cached."""
         made = ExtendedPageTables(self.profile)
         made._structures = self._structures.copy(root)
+        made.log = self.log
         return made
 
     # The processor's way
+
+    @property
+    def is_log_full(self) -> bool:
+        """Whether there is a page-modification log in which nothing has room."""
+        return self.log is not None and self.log.is_full
 
     @property
     def eptp(self) -> int:
@@ -124,11 +135,22 @@ class ExtendedPageTables:
         return allowed
 
     def dirty(self, gpa: int) -> Leaf:
-        """Set D for a write to a page whose leaf is ``CLEAN`` (SDM vol. 3, 29.3.5); its leaf from now on."""
+        """Set D for a write to a page whose leaf is ``CLEAN`` (SDM vol. 3, 29.3.5); its leaf from now on.
+
+        Not to be called while the page-modification log is full.
+        """
         table, index, level = self._structures.find(gpa)
         table[index] |= DIRTY
+        if self.log is not None:
+            self.log.add(gpa)
         self._forget(gpa & page_mask(level), 1 << shift_of(level))
         return self.translate(gpa)
+
+    def clean(self, gpa: int) -> None:
+        """Clear the dirty flag of the page that ``gpa`` lies in, of whatever size."""
+        table, index, level = self._structures.find(gpa)
+        table[index] &= ~DIRTY
+        self._forget(gpa & page_mask(level), 1 << shift_of(level))
 
     def _walk(self, gpa: int) -> Leaf:
         if gpa >= GPA_LIMIT:
@@ -140,6 +162,8 @@ class ExtendedPageTables:
             leaf = known[1] | gpa & _PAGE_IN_REGION
         else:
             leaf = self._leaf_of_page_table(known[0], gpa >> 12 & ENTRIES - 1, known[1])
+        if leaf & HELD:
+            return leaf
         self._leaves[gpa >> 12] = leaf
         return leaf
 
@@ -153,9 +177,11 @@ class ExtendedPageTables:
             return MISCONFIGURED
         leaf = raw & (ADDRESS_MASK | above)
         if self._clean:
-            table[index] = raw | ACCESSED
             if not raw & DIRTY:
                 leaf |= CLEAN
+            if not raw & ACCESSED and self.is_log_full:
+                return leaf | HELD
+            table[index] = raw | ACCESSED
         return leaf
 
     def _walk_from_root(self, gpa: int) -> Leaf:
@@ -167,6 +193,8 @@ class ExtendedPageTables:
         if self._clean:
             if not raw & self._present or leaf == MISCONFIGURED:
                 return leaf
+            if self.is_log_full and not all(entry & ACCESSED for _, entry in path):
+                return leaf | HELD
             for used, entry in path:
                 self._structures.table(gpa, used)[gpa >> shift_of(used) & ENTRIES - 1] = entry | ACCESSED
         if level > 1:

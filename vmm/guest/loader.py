@@ -11,6 +11,7 @@ from attrs import frozen
 
 import vmm
 from vmm.errors import ImageError, InputError, ManifestError
+from vmm.guest.boot import BootState
 from vmm.guest.fields import PAGE, U64_MAX, is_canonical
 from vmm.guest.files import one_line, read_head, shown
 from vmm.guest.image import ELF_MAGIC, LoadedImage, Segment, load_elf, load_image
@@ -45,6 +46,10 @@ class Guest:
     image: LoadedImage
     entry: int
     other_entries: tuple[int, ...] = ()
+    #: The initial machine of a guest that says itself what it is to be; None: what follows from the manifest.
+    boot: BootState | None = None
+    #: Whether the devices of a PC are around it.
+    is_pc: bool = False
 
     @property
     def name(self) -> str:

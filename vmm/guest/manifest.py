@@ -170,7 +170,7 @@ class Paging:
 class Policy:
     """How the trap behaves; ``docs/manifest.md`` has the meaning of each word."""
 
-    reads: Literal["step", "grant"] = "step"
+    reads: Literal["step", "grant", "adaptive"] = "step"
     writes: Literal["step", "window", "adaptive"] = "step"
     code: Literal["load", "fetch", "seal"] = "fetch"
     coherence: Literal["coherent", "serialised", "explicit"] = "coherent"
@@ -562,7 +562,7 @@ def policy_from(values: dict[str, Any], manifest: Manifest, origin: str) -> Poli
 
 def _policy(table: Table, machine: MachineSpec, image: Image, paging: Paging | None) -> Policy:
     policy = Policy(
-        reads=table.choice("reads", ("step", "grant"), default="step"),
+        reads=table.choice("reads", ("step", "grant", "adaptive"), default="step"),
         writes=table.choice("writes", ("step", "window", "adaptive"), default="step"),
         code=table.choice("code", ("load", "fetch", "seal"), default="load" if image.format == "elf64" else "fetch"),
         coherence=table.choice("coherence", ("coherent", "serialised", "explicit"), default="coherent"),

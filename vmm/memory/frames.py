@@ -60,8 +60,9 @@ class Frame:
     readable: bool = False
     #: Whether the host has given a GPA of it other permissions than its state does; engines may have cached them.
     overridden: bool = False
-    #: Writes trapped since the frame became code, for the adaptive policy.
+    #: Writes trapped since the frame became code, and reads trapped so far, for the adaptive policy.
     traps: int = 0
+    reads: int = 0
     #: Under a W^X policy: the aliases by which it was written or fetched so far, and the uses of a permission, as
     #: (CR3, GVA page, access), that the policy has seen since the frame came into its state.
     used: dict[tuple[int, int], None] = field(factory=dict)

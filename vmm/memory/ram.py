@@ -35,10 +35,11 @@ class GuestMemory:
         #: Bytes, those of the twins included.
         self.size: Final = whole
         self._area: Final = size
-        self._map: Final = mmap.mmap(-1, whole)
-        self.bytes: Final = memoryview(self._map)
+        #: The same as a mapping, which can be searched.
+        self.mapping: Final = mmap.mmap(-1, whole)
+        self.bytes: Final = memoryview(self.mapping)
         self.words: Final = self.bytes.cast("Q")
-        self._anchor: Final = ctypes.c_char.from_buffer(self._map)
+        self._anchor: Final = ctypes.c_char.from_buffer(self.mapping)
         self.address: Final = ctypes.addressof(self._anchor)
 
     def twin(self, hpa: int, number: int) -> int:
@@ -51,7 +52,7 @@ class GuestMemory:
 
     def read(self, hpa: int, size: int) -> bytes:
         """``size`` bytes from an HPA."""
-        return self._map[hpa : hpa + size]
+        return self.mapping[hpa : hpa + size]
 
     def write(self, hpa: int, data: bytes) -> None:
         """Put bytes at an HPA. The caller answers for translations (see ``Machine.invalidate``)."""

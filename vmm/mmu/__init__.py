@@ -9,6 +9,8 @@ from vmm.mmu.instruction import CurrentInstruction
 from vmm.mmu.refusals import (
     ForbiddenStructure,
     GuestFault,
+    LogFull,
+    LogIsFull,
     Misconfiguration,
     NonCanonical,
     Refusal,
@@ -24,6 +26,8 @@ __all__ = [
     "FetchSide",
     "ForbiddenStructure",
     "GuestFault",
+    "LogFull",
+    "LogIsFull",
     "Misconfiguration",
     "Mmu",
     "NonCanonical",

@@ -82,7 +82,18 @@ class Unjudged:
     host: int
 
 
-Refusal = GuestFault | NonCanonical | Violation | Misconfiguration | Unjudged
+@define(slots=True, eq=False)
+class LogFull:
+    """The access would set an accessed or dirty flag of the EPT, and the page-modification log has no room.
+
+    A VM exit is due. ``page`` is linear.
+    """
+
+    page: int
+    access: int
+
+
+Refusal = GuestFault | NonCanonical | Violation | Misconfiguration | Unjudged | LogFull
 
 
 class PagingStructureViolation(Exception):  # noqa: N818 - a guest-physical fault on its way out of a walk
@@ -92,7 +103,7 @@ class PagingStructureViolation(Exception):  # noqa: N818 - a guest-physical faul
         super().__init__(gpa, access, leaf, needed)
         self.gpa, self.access, self.leaf, self.needed = gpa, access, leaf, needed
 
-    def refusal(self, page: int, access: int) -> Violation | Misconfiguration:
+    def refusal(self, page: int, access: int) -> Violation | Misconfiguration | LogFull:
         """What it means for the access to a linear page that the walk was for."""
         if self.leaf == MISCONFIGURED:
             return Misconfiguration(page, self.access, self.gpa, final=False)
@@ -107,6 +118,14 @@ class ForbiddenStructure(GuestError):  # noqa: N818 - says what happened
     def __init__(self, violation: Violation, linear: int) -> None:
         super().__init__(f"event delivery reaches GPA {violation.gpa:#x} (linear {linear:#x}), which the view forbids")
         self.violation, self.linear = violation, linear
+
+
+class LogIsFull(PagingStructureViolation):
+    """The EPT allows the access, but a flag would have to be set, and the page-modification log is full."""
+
+    def refusal(self, page: int, access: int) -> LogFull:
+        """What it means for the access to a linear page that the walk was for."""
+        return LogFull(page, access)
 
 
 class UnmappedStructure(GuestError):  # noqa: N818 - says what happened

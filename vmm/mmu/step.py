@@ -12,7 +12,7 @@ from vmm.cpu.context import Context
 from vmm.cpu.engine import FETCH, READ, R, W, X
 from vmm.cpu.stepping import SteppingEngine
 from vmm.decode import MAX_LENGTH, Decoded, decode
-from vmm.ept import CLEAN, MISCONFIGURED
+from vmm.ept import CLEAN, HELD, MISCONFIGURED
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames, FrameState
 from vmm.mmu.instruction import CurrentInstruction
@@ -110,10 +110,10 @@ class StepMemory:
                 page, access, translation.gpa, leaf
             ):
                 return 0
+            if leaf & (CLEAN | HELD) and not self._mmu.used(page, access, translation.gpa, leaf):
+                return 0
             if access == READ:
                 return host | R
-            if leaf & CLEAN:
-                self._mmu.used(translation.gpa, access, leaf)
             if side is not None:
                 side.before_write(host, self._pc)
             self.written[page] = (translation.gpa, host)
@@ -128,6 +128,8 @@ class StepMemory:
         executable = self._mmu.executable
         opened = leaf & executable == executable or self._is_opened_code(translation.gpa, leaf)
         if not opened and self._mmu.refuses(page, FETCH, translation, leaf):
+            return True
+        if leaf & HELD and not self._mmu.used(page, FETCH, translation.gpa, leaf):
             return True
         return self._is_unjudged(page, FETCH, translation.gpa, leaf)
 

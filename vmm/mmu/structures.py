@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Protocol
 
 from vmm.cpu.engine import READ, WRITE, R, W
-from vmm.ept import CLEAN, MISCONFIGURED
+from vmm.ept import CLEAN, HELD, MISCONFIGURED
 from vmm.ept.bits import ADDRESS_MASK
 from vmm.ept.views import View
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames
-from vmm.mmu.refusals import PagingStructureViolation
+from vmm.mmu.refusals import LogIsFull, PagingStructureViolation
 from vmm.paging import EntryChanged
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class GuestStructures:
     def load(self, gpa: int, size: int) -> int:
         """A paging-structure entry."""
         leaf = self._find(gpa)
-        if leaf & (self.needed | CLEAN) != self.needed:
+        if leaf & (self.needed | CLEAN | HELD) != self.needed:
             leaf = self._admit(gpa, leaf)
         hpa = leaf & ADDRESS_MASK | gpa & _OFFSET
         if size == 8:
@@ -99,7 +99,11 @@ class GuestStructures:
         """The leaf for a read that the EPT does not simply allow; raises the violation."""
         if leaf & self.needed != self.needed and not self._reaches(gpa, leaf, READ):
             raise PagingStructureViolation(gpa, READ, leaf, self.needed)
-        return self._ept.dirty(gpa) if leaf & CLEAN and self._writer is not NO_WRITER else leaf
+        if self._writer is NO_WRITER or not leaf & (CLEAN | HELD):
+            return leaf
+        if self._ept.is_log_full:
+            raise LogIsFull(gpa, READ, leaf, self.needed)
+        return self._ept.dirty(gpa)
 
     def _reaches(self, gpa: int, leaf: int, access: int) -> bool:
         """Whether a walk may reach a paging structure although the EPT does not allow it.

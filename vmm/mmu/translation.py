@@ -14,7 +14,7 @@ from vmm.cpu.context import Context
 from vmm.cpu.engine import FETCH, READ, WRITE, Engine, R, W, X
 from vmm.cpu.free import FreeRunningEngine
 from vmm.decode import MAX_LENGTH, decode, operand_address
-from vmm.ept import CLEAN, MISCONFIGURED
+from vmm.ept import CLEAN, HELD, MISCONFIGURED
 from vmm.ept.bits import USER_EXECUTE
 from vmm.ept.qualification import advanced
 from vmm.ept.views import View
@@ -22,6 +22,8 @@ from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames
 from vmm.mmu.refusals import (
     GuestFault,
+    LogFull,
+    LogIsFull,
     Misconfiguration,
     NonCanonical,
     PagingStructureViolation,
@@ -30,6 +32,7 @@ from vmm.mmu.refusals import (
     Violation,
 )
 from vmm.mmu.structures import NO_WRITER, GuestStructures
+from vmm.mmu.walk_cache import WalkCache
 from vmm.paging import Access, PageFault, PagingMode, Translation, entries, is_canonical, walk
 from vmm.paging.mode import CR0_PG
 
@@ -49,6 +52,8 @@ Fill = Callable[[int, int], int]
 
 _ACCESS: Final = {READ: Access.READ, WRITE: Access.WRITE, FETCH: Access.FETCH}
 _NEEDED: Final = {READ: R, WRITE: W, FETCH: X}
+#: What a leaf says of flags of the EPT that an access may have to set.
+_FLAGS_TO_SET: Final = CLEAN | HELD
 
 
 class FetchSide(Protocol):
@@ -98,6 +103,9 @@ class Mmu:
         self._fixed: list[tuple[int, int, int]] = []
         self._fixed_pages: dict[int, list[int]] = {}
         self._fixed_walks: dict[tuple[int, int, bool], Translation] = {}
+        self._walks: Final = WalkCache(memory, view.ept)
+        #: Whether the paging mode has entries that walks can be remembered by.
+        self._caches_walks = False
         self._mode_of: tuple[int, int, int] = (0, 0, 0)
         self._mode = PagingMode.of(0, 0, 0)
 
@@ -106,6 +114,7 @@ class Mmu:
         self.view = view
         self._ept = view.ept
         self.structures.use(view)
+        self._walks.use(view.ept)
         self.forget_all_fetches()
         self.frames_changed()
 
@@ -126,8 +135,10 @@ class Mmu:
                     return 0
                 if access == READ:
                     return leaf & (LEAF_ADDRESS | R)  # the first store comes here, too
-            if leaf & CLEAN:
-                leaf = self.used(translation.gpa, access, leaf)
+            if leaf & _FLAGS_TO_SET:
+                leaf = self.used(page, access, translation.gpa, leaf)
+                if not leaf:
+                    return 0
             if access == FETCH:
                 self.fetched(page, leaf & LEAF_ADDRESS)
                 return leaf & (LEAF_ADDRESS | R * translation.readable) | X
@@ -169,11 +180,15 @@ class Mmu:
                 )
         return True
 
-    def used(self, gpa: int, access: int, leaf: int) -> int:
+    def used(self, page: int, access: int, gpa: int, leaf: int) -> int:
         """The leaf for the engine of a page whose EPT dirty flag is clear: a write sets it, all else must not hide one.
 
-        The engine's TLB hides what follows, so W is withheld until the first write.
+        The engine's TLB hides what follows, so W is withheld until the first write. 0 with ``refusal`` set if a flag
+        cannot be set, because the page-modification log is full.
         """
+        if leaf & HELD or (access == WRITE and self._ept.is_log_full):
+            self.refusal = LogFull(page, access)
+            return 0
         return self._ept.dirty(gpa) if access == WRITE else leaf & ~W
 
     def is_unjudged(self, control: Control, page: int, access: int, gpa: int, leaf: int) -> bool:
@@ -201,18 +216,27 @@ class Mmu:
         cr0, cr3, cr4, efer, user = control
         if self._mode_of != (cr0, cr4, efer):
             self._select_mode(cr0, cr4, efer)
-        root = cr3 & LEAF_ADDRESS
-        fixed = root == self._fixed_root
-        if fixed:
+        if cr3 & LEAF_ADDRESS == self._fixed_root:
             known = self._fixed_walks.get((page, access, user))
             if known is not None:
                 return known, self._ept.translate(known.gpa)
-        mode = self._mode
+        if self._caches_walks:
+            known = self._walks.find((cr3, page, access, user))
+            if known is not None:
+                return known, self._ept.translate(known.gpa)
+        return self._walk(cr3, page, access, engine, user=user)
+
+    def _walk(
+        self, cr3: int, page: int, access: int, engine: Engine, *, user: bool
+    ) -> tuple[Translation, int] | None:
+        """Both stages for a fill that nothing is remembered of; as ``translate``."""
+        mode, root = self._mode, cr3 & LEAF_ADDRESS
         if mode.levels > 3 and not is_canonical(page, mode.levels == 5):
             self.refusal = NonCanonical(page, access)
             return None
+        trail: list[tuple[int, int]] = []
         try:
-            translation = walk(self.structures, mode, cr3, page, _ACCESS[access], user=user)
+            translation = walk(self.structures, mode, cr3, page, _ACCESS[access], user=user, trail=trail)
         except PageFault as fault:
             if not (user and fault.error_code & 1 and self._is_system_access(engine, page, access)):
                 self.refusal = GuestFault(page, access, fault.error_code)
@@ -222,16 +246,20 @@ class Mmu:
             self.refusal = violation.refusal(page, access)
             return None
         leaf = self._ept.translate(translation.gpa)
-        if fixed:
+        if root == self._fixed_root:
             self._fixed_walks[page, access, user] = translation
         elif leaf and leaf != MISCONFIGURED:
             self._frames.at(leaf).learn(root, page)
+            if trail and self._caches_walks:
+                self._walks.keep((cr3, page, access, user), translation, trail)
         return translation, leaf
 
     def _select_mode(self, cr0: int, cr4: int, efer: int) -> None:
         self._mode_of = (cr0, cr4, efer)
         self._mode = PagingMode.of(cr0, cr4, efer)
         self._fixed_walks.clear()
+        self._walks.clear()
+        self._caches_walks = self._mode.levels > 3
 
     def current_mode(self) -> PagingMode:
         """The paging mode that the saved state selects."""
@@ -341,6 +369,8 @@ class Mmu:
                 walk(self.structures, self.current_mode(), context.cr3, page, access, user=context.cpl == 3)
             except PageFault:
                 continue
+            except LogIsFull:
+                return  # the guest's own walk will come to that
             return
 
     def fetch_host(self, gva: int) -> int | None:

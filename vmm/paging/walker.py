@@ -31,6 +31,7 @@ def walk(
     ac: bool = False,
     implicit: bool = False,
     set_bits: bool = True,
+    trail: list[tuple[int, int]] | None = None,
 ) -> Translation:
     """Translate ``gva`` for one access and set the accessed and dirty flags that it sets.
 
@@ -38,7 +39,8 @@ def walk(
     TSS), which is a supervisor-mode one at any CPL and ignores AC. ``gva`` must be canonical in 4- and
     5-level paging (its upper bits take no part in the walk); in the other modes bits 63:32 are ignored. PCID
     and cache bits of CR3 are ignored. With ``set_bits`` false nothing is stored, and ``writable`` is only
-    true of a page that is dirty already.
+    true of a page that is dirty already. ``trail``, an empty list, gets (GPA, entry) of all that was read, unless flags
+    had to be set.
 
     Raises :class:`PageFault`, and whatever ``memory`` raises. No flag is set before every check has passed;
     the manual leaves open whether a walk that faults sets A in the entries that it has used.
@@ -81,6 +83,8 @@ def walk(
             if not _set_flags(memory, size, used, flags, last=attempts == _ATTEMPTS):
                 continue
             entry |= flags
+            used.clear()
+        _tell(trail, used)
 
         gpa = entry & address_mask & ~offset | gva & offset & ~0xFFF
         if offset == OFFSET_4_MIB:
@@ -99,6 +103,11 @@ def walk(
                 read_write,
             )
         )
+
+
+def _tell(trail: list[tuple[int, int]] | None, used: list[tuple[int, int]]) -> None:
+    if trail is not None:
+        trail += used
 
 
 def _untranslated(gva: int) -> Translation:

@@ -18,6 +18,7 @@ from vmm.exits import (
     FrameEvent,
     Injection,
     IoInstruction,
+    LogEntry,
     Modification,
     Mtf,
     Record,
@@ -212,6 +213,11 @@ def _block(record: BlockEvent, names: Names) -> Line:
     return Line("block", names.code(record.gva), what, Style.QUIET)
 
 
+def _log(record: LogEntry, names: Names) -> Line:
+    what = f"{names.memory(record.gpa, None)}: modified, entry {record.index} of the page-modification log"
+    return Line("log", "", what, Style.QUIET)
+
+
 def _end(record: End, names: Names) -> Line:
     return Line("end", names.code(record.rip), record.reason, Style.STRONG)
 
@@ -236,5 +242,6 @@ _RENDERERS: Final[dict[type[Record], Callable[[Any, Names], Line]]] = {
     ViewEvent: _view,
     BlockEvent: _block,
     StaleExecution: _stale,
+    LogEntry: _log,
     End: _end,
 }

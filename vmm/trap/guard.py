@@ -96,10 +96,14 @@ class StepGuard:
         self.door.publish(entries, rip=self._pc, cause="store", mmu=self.vcpu.mmu)
 
     def _changes(self) -> list[Change]:
-        """One change a contiguous run of written guest-physical bytes that touches a code frame."""
+        """One change a contiguous run of written guest-physical bytes that touches a code frame.
+
+        What lies in a window is not part of it: that is in the window's difference, when it closes.
+        """
         pieces = self._pieces()
         if len(pieces) == 1:
             return [self._change(pieces)] if self._is_code(pieces[0].hpa) else []
+        pieces = [piece for piece in pieces if self.frames.at(piece.hpa).state is not FrameState.WINDOW]
         runs: list[list[_Piece]] = []
         for piece in pieces:
             last = runs[-1][-1] if runs else None

@@ -7,7 +7,8 @@ fetch from data         the frame becomes code
 fetch from a window     what changed is journaled as a diff; the frame becomes code again
 store to code           one instruction is stepped (``step``), or the frame becomes a window (``window``),
                         or steps first and a window once it is hot (``adaptive``)
-read of code            one instruction is stepped, or the frame becomes R-X (``grant``)
+read of code            one instruction is stepped, or the frame becomes R-X (``grant``),
+                        or steps first and R-X once it is hot (``adaptive``)
 store to sealed         #GP(0), the bytes stay
 page walk in code       the frame becomes R-X; accessed and dirty flags go through the door
 ======================  ==============================================================================
@@ -39,11 +40,12 @@ from vmm.trap.guard import StepGuard
 from vmm.trap.refusal import GENERAL_PROTECTION, Refusals
 from vmm.trap.virtualization import VIRTUALIZATION_EXCEPTION, VirtualizationExceptions
 
-#: Trapped writes to one frame after which the adaptive policy opens a window.
+#: Trapped writes to one frame after which the adaptive policy opens a window, and trapped reads after which it grants
+#: reads.
 HOT_FRAME: Final = 16
 
 _ALLOWED: Final = PERMISSION_MASK | USER_EXECUTE
-_READS: Final = ("step", "grant")
+_READS: Final = ("step", "grant", "adaptive")
 _WRITES: Final = ("step", "window", "adaptive")
 
 
@@ -165,7 +167,8 @@ class Trap:
             return False
         frame = self.frames.at(host)
         if violation.access == READ:
-            return self.policy.reads == "step"
+            hot = frame.reads >= HOT_FRAME
+            return self.policy.reads == "step" or (self.policy.reads == "adaptive" and not hot)
         return frame.state is not FrameState.CODE or not self._wants_window(frame)
 
     def _admit(self, violation: Violation) -> Event | Stop | None:
@@ -190,6 +193,7 @@ class Trap:
             self.control.grant_reads(frame, "read of sealed code")
         else:
             frame.traps += writes
+            frame.reads += not writes
             self.guard.open(frame, WRITE if writes else READ)
         return None
 

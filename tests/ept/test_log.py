@@ -1,0 +1,206 @@
+"""Page-modification logging (SDM vol. 3, 29.3.6)."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import CODE, DATA, END, PAGE, STACK, map_page
+
+from vmm.ept import PROFILES, Capabilities, EptProfile, ExtendedPageTables, PageModificationLog, Permission
+from vmm.errors import OptionError
+from vmm.exits import EptViolation, LogEntry, PageModificationLogFull, Vmcall
+from vmm.guest.manifest import Limits
+from vmm.machine import RunOptions
+
+LOGGING = PROFILES["page-modification-log"]
+OPTIONS = RunOptions(ept=LOGGING, check=True, audit=True)
+#: The pages of a tiny guest's data.
+PAGES = [DATA + i * PAGE for i in range(4)]
+MAPS = (map_page(CODE, CODE), map_page(DATA, DATA, "rw", pages=4), map_page(STACK - PAGE, STACK - PAGE, "rw"))
+
+
+def build(source, **more):
+    return tiny.build(source, maps=MAPS, **{"options": OPTIONS, **more})
+
+
+def logged(made):
+    """What the log says of the data pages."""
+    return [gpa for gpa in made.machine.ept.log.pages if gpa in PAGES]
+
+
+class TestTheLog:
+    @given(st.lists(st.integers(0, (1 << 48) - 1), max_size=512))
+    def test_addresses_go_from_entry_511_down_and_lose_their_low_bits(self, gpas):
+        log = PageModificationLog()
+        for count, gpa in enumerate(gpas):
+            assert (log.index, log.is_full) == (511 - count, False)
+            log.add(gpa)
+            assert log.entries[511 - count] == gpa & ~0xFFF
+        assert log.pages == tuple(gpa & ~0xFFF for gpa in gpas)
+
+    def test_after_entry_0_the_index_is_ffff(self):
+        log = PageModificationLog()
+        for count in range(512):
+            log.add(count * PAGE)
+        assert (log.index, log.is_full, log.pages[-1]) == (0xFFFF, True, 511 * PAGE)
+
+    @pytest.mark.parametrize("index", [512, 0x8000, 0xFFFF])
+    def test_any_index_out_of_0_to_511_means_full(self, index):
+        log = PageModificationLog()
+        log.index = index
+        assert log.is_full
+
+    @pytest.mark.parametrize("index", [-1, 1 << 16])
+    def test_the_index_has_16_bits(self, index):
+        with pytest.raises(OptionError):
+            PageModificationLog().index = index
+
+
+class TestWhatIsLogged:
+    def test_the_page_whose_dirty_flag_goes_from_0_to_1_and_only_then(self):
+        made = build(f"mov [{DATA + 8}], al; mov [{DATA + 16}], al; mov bl, [{DATA + PAGE}]\n{END}")
+        made.run()
+        assert logged(made) == [DATA]
+
+    def test_a_store_to_code_that_is_stepped(self):
+        made = build(f"mov byte ptr [{CODE + 0x800}], 1\n{END}")
+        made.run()
+        assert CODE in made.machine.ept.log.pages
+
+    def test_accesses_to_the_guests_paging_structures(self):
+        """With accessed and dirty flags on they are writes (29.3.5), so that they set dirty flags."""
+        made = build(END)
+        made.run()
+        assert made.machine.vcpu.context.cr3 in made.machine.ept.log.pages
+
+    def test_what_event_delivery_pushes(self):
+        made = build("int3", idt=DATA)  # no gate: a triple fault, with nothing pushed
+        made.run()
+        assert STACK - PAGE not in made.machine.ept.log.pages
+        gate = CODE + 0x100
+        idt = bytes(3 * 16) + (gate & 0xFFFF).to_bytes(2, "little") + b"\x08\0\0\x8e\1\0" + bytes(8)
+        made = build({CODE: "int3", gate: END, DATA: idt}, code=(CODE, gate), idt=DATA)
+        assert made.run().reason == "port"
+        assert STACK - PAGE in made.machine.ept.log.pages
+
+    def test_the_page_of_the_access_in_a_large_page_once(self):
+        ept = ExtendedPageTables(EptProfile(accessed_dirty=True, page_modification_log=True))
+        ept.map(0, 0, Permission.R | Permission.W, size=2 << 20)
+        ept.translate(5 * PAGE)
+        ept.dirty(5 * PAGE + 7)
+        assert ept.log.pages == (5 * PAGE,)
+
+    @pytest.mark.parametrize("profile", [PROFILES["accessed-dirty"], EptProfile(page_modification_log=True)], ids=str)
+    def test_nothing_without_either_control(self, profile):
+        made = build(f"mov [{DATA}], al\n{END}", options=RunOptions(ept=profile))
+        assert made.machine.ept.log is None
+        made.run()
+        with pytest.raises(OptionError, match="nothing is logged"):
+            made.machine.drain_log()
+
+    def test_a_processor_without_it_cannot_have_it_enabled(self):
+        with pytest.raises(OptionError, match="page_modification_log"):
+            EptProfile(capabilities=Capabilities(page_modification_log=False), page_modification_log=True)
+
+
+ACCESSES = {
+    "write": f"mov dword ptr [{DATA}], 0x1234",
+    "read": f"mov ecx, [{DATA}]",
+    "read and write": f"inc dword ptr [{DATA}]",
+    "two pages": f"mov qword ptr [{DATA + PAGE - 4}], -1",
+    "push": f"mov esp, {DATA + 8}; push rax",
+}
+
+
+class TestFull:
+    @pytest.mark.parametrize("access", ACCESSES)
+    @pytest.mark.parametrize("single_step", [False, True])
+    def test_the_access_exits_and_does_not_happen(self, access, single_step):
+        """Also one that has an accessed flag to set only."""
+        made = build(f"{ACCESSES[access]}\n{END}", options=RunOptions(ept=LOGGING, single_step=single_step))
+        machine = made.machine
+        self.fill(machine)
+        seen = []
+
+        @machine.on(PageModificationLogFull)
+        def full(exit_):
+            flags = [(machine.ept.entry(page).accessed, machine.ept.entry(page).dirty) for page in PAGES[:2]]
+            seen.append((exit_.qualification, machine.read(DATA, 2 * PAGE), flags))
+            machine.drain_log()
+            return True
+
+        assert made.run().reason == "port"
+        assert len(seen) == 1
+        assert seen[0] == (0, bytes(2 * PAGE), [(False, False), (False, False)])
+
+    def fill(self, machine):
+        """Have every flag set that the code needs, then no room."""
+
+        @machine.on(EptViolation)
+        def never(_violation):
+            raise AssertionError
+
+        ept = machine.ept
+        system = machine.guest.manifest.machine.memory
+        pages = [CODE, *range(1 << 21, (1 << 21) + 0x20000, PAGE)]
+        for page in [gpa for gpa in pages if ept.host_page(gpa) is not None]:
+            for level in (4, 3, 2, 1):
+                ept.write_entry(page, level, ept.read_entry(page, level) | 1 << 8 | (1 << 9 if level == 1 else 0))
+        assert system < 1 << 21
+        ept.log.index = 0xFFFF
+
+    def test_nothing_that_sets_no_flag_exits(self):
+        made = build(END)
+        self.fill(made.machine)
+        made.run()
+        assert made.of(PageModificationLogFull) == []
+
+    def test_without_a_handler_the_log_is_read_and_the_guest_goes_on(self):
+        made = build(f"mov dword ptr [{DATA}], 7\nmov eax, [{DATA}]\n{END}")
+        made.machine.ept.log.index = 0
+        assert made.run().detail["value"] == 7
+        found = made.of(PageModificationLogFull)
+        assert len(found) == 1
+        assert found[0].reason == 62
+        pages = [entry.gpa for entry in made.of(LogEntry)]
+        assert pages.count(DATA) == 1
+
+    def test_a_handler_that_makes_no_room_is_asked_again_until_the_limit(self):
+        made = build(f"mov [{DATA}], al\n{END}", limits=Limits(exits=50))
+        made.machine.ept.log.index = 0xFFFF
+        made.machine.on(PageModificationLogFull)(lambda _: True)
+        assert made.run().reason == "exits"
+
+    def test_in_the_middle_of_event_delivery(self):
+        gate = CODE + 0x100
+        idt = bytes(3 * 16) + (gate & 0xFFFF).to_bytes(2, "little") + b"\x08\0\0\x8e\1\0" + bytes(8)
+        made = build({CODE: "int3", gate: "mov eax, 9\n" + END, DATA: idt}, code=(CODE, gate), idt=DATA)
+        self.fill(made.machine)
+        assert made.run().detail["value"] == 9
+        assert len(made.of(PageModificationLogFull)) >= 1
+
+
+class TestDrained:
+    def test_pages_are_logged_again_once_their_flags_are_clean(self):
+        source = f"mov [{DATA}], al; vmcall; mov [{DATA}], al; vmcall; mov [{DATA}], al\n{END}"
+        made = build(source)
+        rounds = []
+
+        @made.machine.on(Vmcall)
+        def drain(_exit):
+            clean = not rounds
+            rounds.append([gpa for gpa in made.machine.drain_log(clean=clean) if gpa in PAGES])
+
+        made.run()
+        assert rounds == [[DATA], [DATA]]
+        assert logged(made) == []
+
+    def test_records_are_of_every_page_once_the_rest_at_the_end(self):
+        made = build(f"mov [{DATA}], al; vmcall; mov [{DATA + PAGE}], al\n{END}")
+        made.machine.on(Vmcall)(lambda _: made.machine.drain_log() and None)
+        made.run()
+        entries = made.of(LogEntry)
+        assert [entry.gpa for entry in entries if entry.gpa in PAGES] == [DATA, DATA + PAGE]
+        assert entries[-1].index == 511 - (len(made.machine.ept.log.pages) - 1)

@@ -1,0 +1,165 @@
+"""A PC's board: the classic devices on their ports and lines, and the virtual time that they know.
+
+::
+
+    PIT counter 0 ── IRQ 0 ─┐
+    COM1 ─────────── IRQ 4 ─┤ 8259A pair ── INTR ── vCPU 0
+    RTC ──────────── IRQ 8 ─┘
+
+Virtual time is a function of what the guest has executed: each VM exit takes 1000 ns, each block that is entered 4 ns,
+and while the processor is halted time goes on to the next alarm of a device at once. So a run repeats: the same kernel
+with the same input gets the same interrupts at the same instructions. The engine is let run for as many blocks as there
+are until the next alarm (``vmm.cpu.countdown``), or, with an interrupt pending that the processor does not take yet,
+to the first boundary at which it does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from vmm.cpu.countdown import Countdown
+from vmm.devices import (
+    ByteWide,
+    InterruptController,
+    IntervalTimer,
+    KeyboardController,
+    PciConfiguration,
+    PortBus,
+    RealTimeClock,
+    SerialPort,
+    SystemControlPort,
+    keyboard_controller,
+    pci,
+    pic,
+    pit,
+    rtc,
+    system_control,
+    uart,
+)
+from vmm.devices.virtual_time import NANOSECONDS, Timers
+from vmm.instruction_exits import TICKS_PER_EXIT
+from vmm.reporter import Reporter
+
+#: Nanoseconds that the execution of a block takes.
+TICKS_PER_BLOCK: Final = 4
+#: Blocks after which the engine comes out in any case, so that who wants to end the run is heard: some 50 ms.
+SLICE: Final = 1 << 21
+
+_TIMER_IRQ, _COM1_IRQ, _CLOCK_IRQ = 0, 4, 8
+
+
+class Outside(Protocol):
+    """Somebody at the console who lives in the host's time."""
+
+    def poll(self) -> bytes:
+        """What has come from there since the last call."""
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something comes, at most so long; less is allowed."""
+
+
+class Pc:
+    """Implements ``vmm.board.Board``.
+
+    With somebody ``outside``, runs do not repeat: what is typed there comes when it comes, and a halted processor
+    waits for as long as its devices say. ``send`` gets what the guest sends over COM1, ``reset`` is called when it
+    resets the machine.
+    """
+
+    def __init__(
+        self, reporter: Reporter, countdown: Countdown, send: Callable[[bytes], None], reset: Callable[[], None]
+    ) -> None:
+        self._reporter = reporter
+        self._countdown = countdown
+        self._skipped = 0
+        self.timers: Final = Timers(self.arm)
+        self.controller: Final = InterruptController(countdown.interrupt)
+        line = self.controller.line
+        self.timer: Final = IntervalTimer(self.now, self.timers, line(_TIMER_IRQ))
+        self.clock: Final = RealTimeClock(self.now, self.timers, line(_CLOCK_IRQ))
+        self.com1: Final = SerialPort(send, line(_COM1_IRQ))
+        self._reset = reset
+        self.outside: Outside | None = None
+
+    def attach(self, bus: PortBus) -> None:
+        """Put all devices on their ports."""
+        controller = self.controller
+        for registers, first, count in (
+            (controller.registers(controller.master), pic.MASTER_PORT, 2),
+            (controller.registers(controller.slave), pic.SLAVE_PORT, 2),
+            (self.timer, pit.FIRST_PORT, 4),
+            (SystemControlPort(self.now, self.timer), system_control.PORT, 1),
+            (self.clock, rtc.FIRST_PORT, 2),
+            (self.com1, uart.COM1, uart.REGISTERS),
+        ):
+            bus.attach(ByteWide(registers, first, count), first, count, inside=True)
+        keyboard = KeyboardController(self._reset)
+        bus.attach(keyboard, keyboard_controller.FIRST_PORT, inside=True)
+        commands = keyboard_controller.FIRST_PORT + keyboard_controller.COMMAND_OFFSET
+        bus.attach(keyboard, commands, inside=True)
+        bus.attach(PciConfiguration(self._reset), pci.ADDRESS_PORT, pci.PORTS, inside=True)
+
+    def now(self) -> int:
+        """Virtual time, in nanoseconds since the start."""
+        executed = self._countdown.entered * TICKS_PER_BLOCK
+        return self._reporter.total * TICKS_PER_EXIT + executed + self._skipped
+
+    # vmm.board.Board
+
+    @property
+    def interrupting(self) -> bool:
+        """INTR."""
+        return self.controller.asserted
+
+    def acknowledge(self) -> int:
+        """INTA."""
+        return self.controller.acknowledge()
+
+    def settle(self) -> None:
+        """Let the alarms go off that are due, and in what comes from outside."""
+        if self.outside is not None and (typed := self.outside.poll()):
+            self.com1.receive(typed)
+        self.timers.advance(self.now())
+
+    def arm(self) -> None:
+        """Let the engine run up to the next alarm, or to where an interrupt can be taken; also while it runs."""
+        if self.controller.asserted:
+            self._countdown.interrupt()
+            return
+        when = self.timers.next
+        blocks = SLICE if when is None else min(SLICE, (when - self.now()) // TICKS_PER_BLOCK + 1)
+        self._countdown.begin(blocks, waits=False)
+
+    def spend(self) -> None:
+        """A stepped instruction takes as long as a block."""
+        self._countdown.spend(1)
+
+    def sleep(self) -> bool:
+        """Go on to the next alarm, or to what comes from outside."""
+        when = self.timers.next
+        if self.outside is not None:
+            self._wait(self.outside, None if when is None else when - self.now())
+        elif when is None:
+            return False
+        else:
+            self._skipped += max(0, when - self.now())
+        self.settle()
+        return True
+
+    def _wait(self, outside: Outside, nanoseconds: int | None) -> None:
+        """Let as much virtual time pass as the host waits."""
+        start = time.monotonic_ns()
+        longest = NANOSECONDS if nanoseconds is None else nanoseconds
+        if longest > 0:
+            outside.wait(longest / NANOSECONDS)
+        self._skipped += max(0, min(time.monotonic_ns() - start, longest))
+
+    def knock(self) -> None:
+        """Something has come from outside: have the engine stop soon. From any thread; no run repeats after that."""
+        self._countdown.hurry()
+
+    def come_out(self) -> None:
+        """Have the engine stop before the next block; for callbacks of the engine."""
+        self._countdown.begin(0, waits=False)

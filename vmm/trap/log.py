@@ -1,0 +1,48 @@
+"""The VMM's side of page-modification logging: what it does when the log is full, and how the log is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from attrs import define
+
+from vmm.ept import PageModificationLog
+from vmm.ept.log import FIRST_INDEX
+from vmm.ept.views import Views
+from vmm.exits import ExitReason, LogEntry, PageModificationLogFull
+from vmm.reporter import Reporter
+
+
+@define(slots=True, eq=False)
+class LogKeeper:
+    """Reads the page-modification log. ``flush`` makes every engine forget its address translations."""
+
+    log: PageModificationLog
+    views: Views
+    reporter: Reporter
+    flush: Callable[[], None]
+
+    def full(self, rip: int) -> None:
+        """The access at ``rip`` has met a full log: a VM exit. It is drained, unless a handler has dealt with it."""
+        self.reporter.count(ExitReason.PAGE_MODIFICATION_LOG_FULL)
+        decision = self.reporter.exit(PageModificationLogFull(rip)) if self.reporter.observed else None
+        if decision is None and not self.reporter.stopped:
+            self.drain(clean=False)
+
+    def drain(self, *, clean: bool) -> tuple[int, ...]:
+        """See ``Machine.drain_log``."""
+        pages = self.log.pages
+        self.report()
+        self.log.index = FIRST_INDEX
+        if clean:
+            for view in self.views.all:
+                for gpa in pages:
+                    view.ept.clean(gpa)
+            self.flush()
+        return pages
+
+    def report(self) -> None:
+        """Show what is in the log to whoever watches."""
+        if self.reporter.observed:
+            for count, gpa in enumerate(self.log.pages):
+                self.reporter.emit(LogEntry(gpa, FIRST_INDEX - count))
