@@ -3,12 +3,12 @@
 # was, frees the information area and switches to the view in which all is writable, by VMFUNC. The program switches
 # back behind each store.
 #
-# While the area is busy there is no #VE: the same store is an EPT violation, and the VMM answers with #GP. So it is for
-# a third page, whose entry suppresses #VE.
+# While the area is busy there is no #VE: the same store is an EPT violation, and the VMM answers with #GP. So it is
+# for a third page, whose entry suppresses #VE.
 
         .include "guest.inc"
-        .global _start, store, store_busy, store_kept, tracked, kept, area, virtualization_exception, switch
-        .global general_protection, idt, back
+        .global _start, store, store_busy, store_kept, back, tracked, kept, area, idt
+        .global virtualization_exception, switch, general_protection
 
         .equ    BUSY, 4                 # in the information area
         .equ    QUALIFICATION, 8
@@ -91,13 +91,14 @@ general_protection:
         iretq
 
         .data
-        .balign 4096
+        .balign 16
 idt:    .org    idt + 16 * 13           # interrupt gates to 0x1xxxx
         .word   general_protection - 0x10000, 0x08, 0x8e00, 0x0001
         .long   0, 0
         .org    idt + 16 * 20
         .word   virtualization_exception - 0x10000, 0x08, 0x8e00, 0x0001
         .long   0, 0
+        .bss
         .balign 4096
 area:   .skip   4096
 tracked:

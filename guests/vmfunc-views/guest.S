@@ -101,7 +101,7 @@ trusted:                                # executable in the trusted view only; e
         .balign 4096, 0xcc
 
         .data
-        .balign 4096
+        .balign 16
 idt:    .org    idt + 16 * 6            # #UD and #GP: interrupt gates to 0x1xxxx
         .word   handle - 0x10000, 0x08, 0x8e00, 0x0001
         .long   0, 0
@@ -109,5 +109,4 @@ idt:    .org    idt + 16 * 6            # #UD and #GP: interrupt gates to 0x1xxx
         .word   handle_with_error_code - 0x10000, 0x08, 0x8e00, 0x0001
         .long   0, 0
         .balign 4096
-secret: .long   0x5ec2e7
-        .balign 4096
+secret: .long   0x5ec2e7                # alone on its page

@@ -61,7 +61,7 @@ class TestVmfunc:
         assert made.machine.views.current() == 1
         assert made.end.detail["value"] == 0
         assert made.machine.register("rcx") == 1
-        assert {type(exit).__name__ for exit in made.exits} == {"IoInstruction"}
+        assert {type(each).__name__ for each in made.exits} == {"IoInstruction"}
         (switched,) = [event for event in made.of(ViewEvent) if event.cause == "vmfunc"]
         assert (switched.event, switched.view) == ("switched", 1)
 
@@ -104,7 +104,7 @@ class TestVmfunc:
     def test_is_undefined_with_a_number_above_63(self, options, eax):
         made = build(select(0, eax) + END, options)
         assert made.run().detail["value"] == 0xEE
-        assert [exit.vector for exit in made.of(ExceptionExit)] == [6]
+        assert [each.vector for each in made.of(ExceptionExit)] == [6]
         assert made.of(Vmfunc) == []
 
     def test_is_undefined_without_the_control(self, options):
@@ -132,7 +132,7 @@ class TestVmfunc:
         made = build(both, handlers={0x11000: "mov al, 0xee\n" + END, **code}, others=[other])
         assert made.run().detail["value"] == 0xEE
         assert [made.machine.views.current(vcpu=number) for number in (0, 1)] == [1, 0]
-        assert [exit.vcpu for exit in made.of(Vmfunc)] == [1]
+        assert [each.vcpu for each in made.of(Vmfunc)] == [1]
 
 
 class TestRestrictions:

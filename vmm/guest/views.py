@@ -116,11 +116,14 @@ def _restriction(table: Table, count: int, memory: int) -> Restriction:
 
 
 def _mapping(table: Table, count: int, memory: int) -> ViewMapping:
+    view = table.integer("view", 1, VIEWS_LIMIT - 1)
+    if view >= count:
+        raise table.error("view", f"there is no view {view}", "raise [views].count")
     gpa = table.integer("gpa", 0, GPA_LIMIT - PAGE, multiple=PAGE)
     target = table.integer("target", 0, memory - PAGE, multiple=PAGE)
     room = min(memory - target, GPA_LIMIT - gpa)
     return ViewMapping(
-        view=table.integer("view", 1, max(count - 1, 1)),
+        view=view,
         gpa=gpa,
         target=target,
         length=table.integer("length", PAGE, room, default=PAGE, multiple=PAGE),
