@@ -82,18 +82,22 @@ class HostMemory:
                 vcpu.mmu.frames_changed()
             self.flush()
 
-    def protect(self, gpa: int, size: int, access: Permission) -> None:
+    def protect(self, gpa: int, size: int, access: Permission, *, user_execute: bool | None = None) -> None:
         """See ``Machine.protect``."""
-        if access & Permission.W and access & Permission.X:
+        executable = bool(access & Permission.X or user_execute)
+        if access & Permission.W and executable:
             raise OptionError(f"access {access}", where="protect", fix="a frame is writable or executable, never both")
+        if user_execute is not None and not self.views.all[0].ept.profile.mode_based_execute:
+            fix = "give a profile with mode_based_execute"
+            raise OptionError("fetches from user-mode addresses cannot be told from others", where="protect", fix=fix)
         places = self._places(gpa & -PAGE, size + gpa % PAGE)
         if access & Permission.W:
             self._refuse_sealed(places, "protect")
-        if access & Permission.X and self.keeps_wx:
+        if executable and self.keeps_wx:
             self._refuse_unapproved(places)
-        with self.inputs.during(Protect(gpa, size, access)):
+        with self.inputs.during(Protect(gpa, size, access, user_execute)):
             for hpa, where, _ in places:
-                self.control.protect(self.frames.at(hpa), access, where & -PAGE)
+                self.control.protect(self.frames.at(hpa), access, where & -PAGE, user_execute=user_execute)
             self.flush()
 
     def approve(self, gpa: int, size: int) -> None:

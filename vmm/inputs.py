@@ -123,17 +123,18 @@ class Write(Input):
 
 @frozen(slots=True)
 class Protect(Input):
-    """The host changed what the EPT allows for ``size`` bytes at ``gpa``."""
+    """The host changed what the EPT allows for ``size`` bytes at ``gpa``; ``user_execute`` as in ``Machine``'s."""
 
     name: ClassVar[str] = "protect"
 
     gpa: int
     size: int
     access: Permission
+    user_execute: bool | None = None
 
     def apply(self, machine: Machine) -> None:
         """Protect."""
-        machine.protect(self.gpa, self.size, self.access)
+        machine.protect(self.gpa, self.size, self.access, user_execute=self.user_execute)
 
 
 @frozen(slots=True)
@@ -381,6 +382,8 @@ def parse(line: Mapping[str, Any]) -> Input:
 
 
 def _from_json(field: attrs.Attribute[Any], line: Mapping[str, Any]) -> Any:  # noqa: ANN401 - one of _READERS' types
+    if field.name not in line and field.default is not attrs.NOTHING:
+        return field.default
     try:
         return _READERS[str(field.type)](line[field.name])
     except (KeyError, TypeError, ValueError, AttributeError, OptionError):
@@ -438,6 +441,7 @@ _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "int": _number,
     "bool": _boolean,
     "tuple[int, ...]": _numbers,
+    "bool | None": lambda value: _optional(_boolean, value),
     "bytes": _bytes,
     "Permission": Permission.parse,
     "Event": _event,

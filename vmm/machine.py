@@ -278,13 +278,16 @@ class Machine:
         """
         self.host_memory.alias(gpa, target, size)
 
-    def protect(self, gpa: int, size: int, access: Permission) -> None:
+    def protect(self, gpa: int, size: int, access: Permission, *, user_execute: bool | None = None) -> None:
         """Change what the EPT allows for whole pages until the next change of their frame's state.
+
+        With mode-based execute control ``user_execute`` says whether to allow fetches from user-mode linear addresses;
+        X is then for supervisor-mode ones only. None: as X says.
 
         Raises ``OptionError`` for writable and executable together, which no frame ever is, for sealed frames
         that are to be writable, and for frames that a W^X policy has not approved and that are to be executable.
         """
-        self.host_memory.protect(gpa, size, access)
+        self.host_memory.protect(gpa, size, access, user_execute=user_execute)
 
     def approve(self, gpa: int, size: int) -> None:
         """Let the frames of ``size`` bytes be executed as they are now, under a W^X policy, until they are written.
@@ -470,6 +473,8 @@ class Machine:
         state_of_code = FrameState.SEALED if self.guest.manifest.policy.code == "seal" else FrameState.CODE
         for gpa in state.code_frames if self.options.traps else ():
             self.control.move(self.frames.at(gpa), state_of_code, "image")
+        for each in self.guest.manifest.ept_maps if self.options.traps else ():
+            self.protect(each.gpa, each.length, each.access, user_execute=each.user_execute)
         for vcpu in self.vcpus:
             vcpu.reset_to(state)
         paging = self.guest.manifest.paging

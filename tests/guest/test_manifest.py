@@ -13,6 +13,7 @@ from vmm.errors import ManifestError
 from vmm.guest import Console, CpuSpec, End, Limits, MachineSpec, Mapping, Paging, Policy, ept, parse_manifest
 from vmm.guest.manifest import REGISTERS
 from vmm.guest.views import Restriction, ViewsSpec
+from vmm.memory import PAGE
 
 PATH = Path("here/guest.toml")
 DOCS = Path(__file__).parents[2] / "docs" / "manifest.md"
@@ -37,6 +38,11 @@ def parse(text):
 def mapping(**changes):
     values = {"gva": "0x8000000", "gpa": "0x10000", "length": "0x1000", "access": '"rx"', **changes}
     return "[[paging.map]]\n" + "".join(f"{key} = {value}\n" for key, value in values.items() if value)
+
+
+def ept_map(**changes):
+    values = {"gpa": "0x10000", "length": "0x1000", "access": '"r-x"', **changes}
+    return "[[ept.map]]\n" + "".join(f"{key} = {value}\n" for key, value in values.items())
 
 
 def registers(text):
@@ -116,6 +122,16 @@ def test_the_values_of_a_profile_make_it_again(profile):
 
 def test_what_is_as_by_default_has_no_values():
     assert ept.ept_values(EptProfile()) == {}
+
+
+def test_what_the_ept_allows_at_the_start():
+    text = "[ept]\nmode_based_execute = true\n" + ept_map() + ept_map(gpa="0x20000", access='"r--u"')
+    text += ept_map(gpa="0x30000", access='"r-x-"')
+    assert parse(GOOD + text).ept_maps == (
+        ept.EptMap(0x10000, PAGE, Permission.R | Permission.X),
+        ept.EptMap(0x20000, PAGE, Permission.R, user_execute=True),
+        ept.EptMap(0x30000, PAGE, Permission.R | Permission.X, user_execute=False),
+    )
 
 
 def test_every_switch_of_the_ept_is_documented():
@@ -286,6 +302,16 @@ BAD = [
     (GOOD + "[ept]\naccessed_dirty = 1", "[ept].accessed_dirty", "not a boolean"),
     (GOOD + "[ept]\naccessed_drity = true", "[ept].accessed_drity", "accessed_dirty"),
     (GOOD + "[ept]\nprofile = 'minimal'\naccessed_dirty = true", "[ept]", "on a processor without it"),
+    (GOOD + ept_map(gpa="1"), "[ept.map][0].gpa", "not aligned"),
+    (GOOD + ept_map(length="0"), "[ept.map][0].length", "out of range"),
+    (GOOD + ept_map(gpa="0x3ff000", length="0x2000"), "[ept.map][0].length", "lies out of RAM"),
+    (GOOD + ept_map(access='"rx"'), "[ept.map][0].access", "no access"),
+    (GOOD + ept_map(access='"x--"'), "[ept.map][0].access", "no access"),
+    (GOOD + ept_map(access='"r-xux"'), "[ept.map][0].access", "not usable text"),
+    (GOOD + ept_map(access='"rwx"'), "[ept.map][0].access", "writable and executable"),
+    (GOOD + ept_map(access='"r--u"'), "[ept.map][0].access", "needs mode-based execute control"),
+    (GOOD + "[ept]\nmode_based_execute = true\n" + ept_map(access='"rw-u"'), "[ept.map][0].access", "executable"),
+    (GOOD + ept_map() * 1025, "[ept].map", "at most 1024"),
     (GOOD + "[ept]\ncapabilities = 1", "[ept].capabilities", "not a table"),
     (GOOD + "[ept.capabilities]\npages_1g = 'no'", "[ept].capabilities.pages_1g", "not a boolean"),
     (GOOD + "[ept.capabilities]\nwalk_length_4 = false", "[ept]", "no 4-level walk"),

@@ -34,7 +34,7 @@ class World:
         self.ept.map_range(0, 0, SIZE, RWX)
         self.cache = WalkCache(self.memory, self.ept)
         mmu = type("NoMmu", (), {"fetch_side": None})()
-        self.structures = GuestStructures(self.memory, self.ept, Frames(lambda hpa: hpa), mmu)
+        self.structures = GuestStructures(self.memory, self.ept, Frames(SIZE, SIZE), mmu)
         for table, target in zip(TABLES, (*TABLES[1:], 0x8000), strict=True):
             for index in range(4):
                 self.entry(table, index, target + (index * PAGE if target == 0x8000 else 0) | FULL)

@@ -21,6 +21,7 @@ from vmm.ept.bits import (
     MEMORY_TYPE_SHIFT,
     READ,
     SUPPRESS_VE,
+    USER_EXECUTE,
     WRITE_BACK,
     page_mask,
     shift_of,
@@ -270,11 +271,11 @@ class ExtendedPageTables:
             for covered in (*changed, (gpa, size)):
                 self._forget(*covered)
 
-    def protect(self, gpa: int, permissions: Permission) -> None:
+    def protect(self, gpa: int, permissions: Permission, *, user_execute: bool | None = None) -> None:
         """Change what the entry of a mapped 4 KiB page allows; a large page that it lies in is split.
 
-        With mode-based execute control X stands for supervisor- and user-mode linear addresses. Raises ``OptionError``
-        where nothing is mapped.
+        With mode-based execute control X stands for supervisor- and user-mode linear addresses, unless
+        ``user_execute`` says something else of the latter. Raises ``OptionError`` where nothing is mapped.
         """
         table, above = self._regions.get(gpa >> 21, _NO_REGION)
         if table is None:
@@ -282,8 +283,11 @@ class ExtendedPageTables:
         index = gpa >> 12 & ENTRIES - 1
         if not table or not table[index] & ~SUPPRESS_VE:
             raise OptionError(f"GPA {gpa:#x} is not mapped", where="EPT", fix="map it first")
-        raw = table[index] = table[index] & ~self._present | self._structures.allow[permissions]
-        if above and raw & self._checked == _WRITE_BACK and self._sound[permissions]:
+        allow = self._structures.allow[permissions]
+        if user_execute is not None:
+            allow = self._present & (allow & ~USER_EXECUTE | user_execute * USER_EXECUTE)
+        raw = table[index] = table[index] & ~self._present | allow
+        if above and raw & self._checked == _WRITE_BACK and user_execute is None and self._sound[permissions]:
             self._leaves[gpa >> 12] = raw & (ADDRESS_MASK | above)
         else:
             self._leaves.pop(gpa >> 12, None)

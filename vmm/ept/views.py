@@ -113,16 +113,29 @@ class Views:
 
     # What changes
 
-    def protect(self, frame: Frame, permissions: Permission, gpas: Iterable[int] | None = None) -> None:
-        """Let every way to a frame (by ``gpas`` only, if given) allow so much, as far as its view does."""
+    def protect(
+        self,
+        frame: Frame,
+        permissions: Permission,
+        gpas: Iterable[int] | None = None,
+        *,
+        user_execute: bool | None = None,
+    ) -> None:
+        """Let every way to a frame (by ``gpas`` only, if given) allow so much, as far as its view does.
+
+        ``user_execute`` is as for ``ExtendedPageTables.protect``.
+        """
         if self.plain:
             protect = self.all[0].ept.protect
             for gpa in frame.gpas if gpas is None else gpas:
-                protect(gpa, permissions)
+                protect(gpa, permissions, user_execute=user_execute)
             return
         for view, gpa in self.places(frame):
             if gpas is None or gpa in gpas:
-                view.ept.protect(gpa, within(view, gpa, permissions))
+                left, user = within(view, gpa, permissions), user_execute
+                if user:
+                    user = bool(within(view, gpa, permissions | Permission.X) & Permission.X)
+                view.ept.protect(gpa, left, user_execute=user)
 
     def map(self, gpa: int, frame: Frame) -> None:
         """Have a GPA lead to a frame in every view that does not have it lead elsewhere."""

@@ -8,17 +8,35 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from attrs import evolve, fields
+from attrs import evolve, fields, frozen
 
-from vmm.ept import PROFILES, Capabilities, EptProfile
+from vmm.ept import PROFILES, Capabilities, EptProfile, Permission
 from vmm.errors import OptionError
-from vmm.guest.fields import Table
+from vmm.guest.fields import PAGE, Table
 
 _DEFAULT: Final = PROFILES["default"]
 _SWITCHES: Final = tuple(each.name for each in fields(EptProfile) if isinstance(getattr(_DEFAULT, each.name), bool))
 _WIDTH: Final = "physical_address_width"
 _CAPABILITIES: Final = tuple(each.name for each in fields(Capabilities))
 KEYS: Final = ("profile", "capabilities", *_SWITCHES)
+#: In a manifest the table says what is allowed at the start, too.
+MANIFEST_KEYS: Final = (*KEYS, "map")
+_MAPS_LIMIT: Final = 1024
+_LETTERS: Final = "rwxu"
+_MODES: Final = len(_LETTERS)
+
+
+@frozen(slots=True)
+class EptMap:
+    """What the EPT allows for ``length`` bytes at ``gpa``, both multiples of 4096, when the guest starts.
+
+    ``user_execute`` is whether fetches from user-mode linear addresses are allowed; None: as X says.
+    """
+
+    gpa: int
+    length: int
+    access: Permission
+    user_execute: bool | None = None
 
 
 def ept_of(table: Table) -> EptProfile:
@@ -30,6 +48,28 @@ def ept_of(table: Table) -> EptProfile:
         return evolve(profile, capabilities=capabilities, **switches)
     except OptionError as problem:
         raise table.error("", problem.what, problem.fix) from None
+
+
+def maps_of(table: Table, profile: EptProfile, memory: int) -> tuple[EptMap, ...]:
+    """The entries of ``[[ept.map]]``, for ``memory`` bytes of RAM; raises ``ManifestError``."""
+    entries = table.tables("map", "[ept.map]", ("gpa", "length", "access"), _MAPS_LIMIT)
+    return tuple(_map_of(entry, profile, memory) for entry in entries)
+
+
+def _map_of(table: Table, profile: EptProfile, memory: int) -> EptMap:
+    gpa = table.integer("gpa", 0, memory - PAGE, multiple=PAGE)
+    length = table.integer("length", PAGE, memory, multiple=PAGE)
+    if gpa + length > memory:
+        raise table.error("length", f"{gpa:#x}+{length:#x} lies out of RAM, which ends at {memory:#x}", "map less")
+    text = table.string("access", longest=_MODES)
+    modes = len(text) == _MODES
+    if len(text) < _MODES - 1 or any(c not in (letter, "-") for c, letter in zip(text, _LETTERS, strict=False)):
+        raise table.error("access", f'"{text}" is no access', 'write "r-x", or with mode-based execute control "r-xu"')
+    if modes and not profile.mode_based_execute:
+        raise table.error("access", f'"{text}" needs mode-based execute control', "set [ept].mode_based_execute")
+    if text[1] == "w" and text[2:] not in ("-", "--"):
+        raise table.error("access", f'"{text}" is writable and executable', "a frame is never both: give one")
+    return EptMap(gpa, length, Permission.parse(text[:3]), text[3] == "u" if modes else None)
 
 
 def _capabilities_of(table: Table, of: Capabilities) -> Capabilities:

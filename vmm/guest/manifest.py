@@ -10,7 +10,7 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [schedule] seed, quantum: how the vCPUs take turns
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
     [policy]   reads, writes, code, coherence, wx
-    [ept]      profile, switches, and [ept.capabilities]: see ``vmm.guest.ept``
+    [ept]      profile, switches, [ept.capabilities] and [[ept.map]]: see ``vmm.guest.ept``
     [views]    views of the EPT: see ``vmm.guest.views``
     [console]  port: what the guest writes there is its printed output
     [input]    port, file: what the guest reads there
@@ -37,8 +37,8 @@ from attrs import field, frozen
 from vmm.devices.workpiece import PORTS
 from vmm.ept import PROFILES, EptProfile
 from vmm.errors import ManifestError
-from vmm.guest.ept import KEYS as _EPT_KEYS
-from vmm.guest.ept import ept_of
+from vmm.guest.ept import MANIFEST_KEYS as _EPT_KEYS
+from vmm.guest.ept import EptMap, ept_of, maps_of
 from vmm.guest.fields import PAGE, U16_MAX, U32_MAX, U64_MAX, Table, is_canonical
 from vmm.guest.files import one_line, read_file
 from vmm.guest.inputs import ClockSpec, InputSpec, clock_of, input_of
@@ -241,6 +241,7 @@ class Manifest:
     policy: Policy = Policy()
     ept: EptProfile = PROFILES["default"]
     views: ViewsSpec = PLAIN
+    ept_maps: tuple[EptMap, ...] = ()
     console: Console = Console()
     input: InputSpec | None = None
     clock: ClockSpec | None = None
@@ -305,9 +306,10 @@ def _manifest(top: Table, path: Path) -> Manifest:
     cpu = _cpu(top.table("cpu", _CPU_KEYS, _CPU_HINTS), machine, image)
     end = _end(top.table("end", ("port", "value", "halt")))
     paging = _paging(top, machine, cpu)
-    ept = ept_of(top.table("ept", _EPT_KEYS))
     others = _others(top, machine, cpu)
     console = _console(top.table("console", ("port",)), end)
+    ept = top.table("ept", _EPT_KEYS)
+    profile = ept_of(ept)
     ipi = _ipi(top.table("ipi", ("port",)), end, console)
     workpiece = _workpiece(top, (end.port, console.port)) if "workpiece" in top else None
     taken = _taken(end, console, ipi, workpiece)
@@ -320,8 +322,9 @@ def _manifest(top: Table, path: Path) -> Manifest:
         cpu=cpu,
         paging=paging,
         policy=_policy(top.table("policy", _POLICY_KEYS), machine, image, paging),
-        ept=ept,
-        views=views_of(top.table("views", _VIEWS_KEYS), machine.memory, 1 + len(others), ept),
+        ept=profile,
+        ept_maps=maps_of(ept, profile, machine.memory),
+        views=views_of(top.table("views", _VIEWS_KEYS), machine.memory, 1 + len(others), profile),
         console=console,
         input=input_of(top, path.parent, taken),
         clock=clock_of(top, taken),

@@ -117,7 +117,9 @@ class FrameControl:
                 self._flush()
             self._verify(frame)
 
-    def protect(self, frame: Frame, permissions: Permission, gpa: int) -> None:
+    def protect(
+        self, frame: Frame, permissions: Permission, gpa: int, *, user_execute: bool | None = None
+    ) -> None:
         """Change what the EPT allows for one GPA of a frame, at the host's wish.
 
         A frame that is to be writable is data from then on, one that is to be executable is code. Anything less
@@ -125,12 +127,17 @@ class FrameControl:
         """
         if permissions & Permission.W and frame.state not in (FrameState.DATA, FrameState.WINDOW):
             self.move(frame, FrameState.DATA, "host")
-        elif permissions & Permission.X and frame.state not in (FrameState.CODE, FrameState.SEALED):
+        elif (permissions & Permission.X or user_execute) and not self._is_code(frame):
             self.move(frame, FrameState.CODE, "host")
-        self._views.protect(frame, permissions, [gpa])
+        self._views.protect(frame, permissions, [gpa], user_execute=user_execute)
         frame.overridden = True
-        self._report(frame, frame.state.value, str(permissions), "host")
+        user = "" if user_execute is None else "u" if user_execute else "-"
+        self._report(frame, frame.state.value, f"{permissions}{user}", "host")
         self._verify(frame)
+
+    @staticmethod
+    def _is_code(frame: Frame) -> bool:
+        return frame.state in (FrameState.CODE, FrameState.SEALED)
 
     def _report(self, frame: Frame, before: str, after: str, cause: str) -> None:
         if self._reporter.observed:
@@ -148,7 +155,10 @@ def verify_frame(views: Views, blocks: BlockCache, frame: Frame) -> None:
     """Check the rules for one frame, through every GPA in every view; raises ``InvariantError``."""
     union = Permission.NONE
     for view, gpa in views.places(frame):
-        union |= view.ept.entry(gpa).permissions
+        entry = view.ept.entry(gpa)
+        union |= entry.permissions
+        if entry.user_execute and view.ept.profile.mode_based_execute:
+            union |= Permission.X
     if union & Permission.W and union & Permission.X:
         raise InvariantError(f"frame {frame.hpa:#x} is writable and executable ({union}) in state {frame.state}")
     live = blocks.overlapping(frame.hpa, PAGE)
