@@ -370,6 +370,7 @@ class Processor:
         else:
             self.vcpu.use(view)
             self.fields.eptp_index = ecx
+            self.reporter.charge()
             if self.reporter.observed:
                 self.reporter.emit(exits.ViewEvent("switched", view.number, "vmfunc", rip=context.pc))
         context.rip += len(VMFUNC)

@@ -13,7 +13,7 @@ from vmm.cpu.events import Event, EventType
 from vmm.ept import Capabilities, EptProfile, Permission
 from vmm.errors import OptionError
 from vmm.exits import EptViolation, ExceptionExit, Injection, ViewEvent, Vmfunc
-from vmm.guest.manifest import CpuSpec, Policy
+from vmm.guest.manifest import CpuSpec, Limits, Policy
 
 NONE, R, RW = Permission.NONE, Permission.R, Permission.R | Permission.W
 X, RX = Permission.X, Permission.R | Permission.X
@@ -22,6 +22,7 @@ ENABLED = EptProfile(vm_functions=True, virtualization_exceptions=True)
 PLAIN = evolve(STRICT, ept=ENABLED)
 IDT, AREA, OTHER = 0x60000, 0x61000, 0x41000
 STOP = Event(6, EventType.HARDWARE_EXCEPTION)
+STORE = f"mov byte ptr [{DATA + 8}], 1\nmov al, 0\n" + END
 
 
 def gates(**handlers: int) -> bytes:
@@ -133,6 +134,18 @@ class TestVmfunc:
         assert made.run().detail["value"] == 0xEE
         assert [made.machine.views.current(vcpu=number) for number in (0, 1)] == [1, 0]
         assert [each.vcpu for each in made.of(Vmfunc)] == [1]
+
+
+class TestHostileGuests:
+    @pytest.mark.parametrize(
+        "source", [f"xor eax, eax\nxor ecx, ecx\nagain:\n{VMFUNC}jmp again\n", "again: " + STORE + "jmp again\n"]
+    )
+    def test_what_is_no_exit_counts_against_the_budget_all_the_same(self, source):
+        """A guest that switches views for ever, or takes one #VE after the other."""
+        handler = f"mov dword ptr [{AREA + 4}], 0\niretq\n"
+        made = converting(source, limits=Limits(exits=500), handler=handler)
+        assert made.run().reason == "exits"
+        assert len(made.of(ViewEvent, Injection)) <= 500 + 5
 
 
 class TestRestrictions:
@@ -257,14 +270,15 @@ class TestRestrictions:
         assert all(ENABLED.accepts_eptp(eptp) for eptp in eptps)
 
 
-STORE = f"mov byte ptr [{DATA + 8}], 1\nmov al, 0\n" + END
 
 
-def converting(source=STORE, options=PLAIN, *, convertible=True, area=AREA, **rest):
+def converting(
+    source=STORE, options=PLAIN, *, convertible=True, area=AREA, handler="mov al, 0x20\n" + END, **rest
+):
     """A guest with one view in which DATA is read-only; its #VE handler ends the run with 0x20, that of #UD with 0xee,
     which is what an EPT violation there comes to."""
     handlers = {0x11000: tiny.assemble("mov al, 0xee\n" + END, 0x11000).ljust(0x100, b"\x90")}
-    handlers[0x11000] += tiny.assemble("mov al, 0x20\n" + END, 0x11100)
+    handlers[0x11000] += tiny.assemble(handler, 0x11100)
     made = build(source, options, handlers=handlers, **rest)
     views = made.machine.views
     views.restrict(0, DATA, PAGE, R, convertible=convertible)

@@ -284,6 +284,7 @@ class Trap:
         exceptions = self.exceptions
         if exceptions is not None and exceptions.converts(violation):
             exceptions.save(*self._facts(violation, modifies=modifies))
+            self.reporter.charge()
             return VIRTUALIZATION_EXCEPTION
         self.reporter.count(ExitReason.EPT_VIOLATION)
         if not self.reporter.observed:
