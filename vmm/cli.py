@@ -213,7 +213,7 @@ _profile = click.option(
     "--profile",
     metavar="NAME",
     help="The processor, instead of the guest's or the default one: default, accessed-dirty, mode-based-execute, "
-    "page-modification-log, advanced, minimal, or IA32_VMX_EPT_VPID_CAP.",
+    "page-modification-log, sub-page-write, advanced, minimal, or IA32_VMX_EPT_VPID_CAP.",
 )
 _as_json = click.option("--json", "as_json", is_flag=True, help="A JSON object (docs/formats.md).")
 

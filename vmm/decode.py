@@ -197,12 +197,17 @@ def _operand(instruction: Instruction, used: object, bits: int) -> MemoryOperand
         displacement=used.displacement,  # type: ignore[attr-defined]
         from_ip=from_ip,
         mask=(1 << size) - 1,
-        size=MemorySizeExt.size(used.memory_size),  # type: ignore[attr-defined]
+        size=MemorySizeExt.size(used.memory_size) or _element_size(instruction),  # type: ignore[attr-defined]
         reads=used.access in _READS,  # type: ignore[attr-defined]
         writes=used.access in _WRITES,  # type: ignore[attr-defined]
         index_mask=0xFF if index == Register.AL else 0xFFFF_FFFF_FFFF_FFFF,
         bit_offset=_gpr(instruction.op1_register) if instruction.mnemonic in _BIT_STRINGS else None,
     )
+
+
+def _element_size(instruction: Instruction) -> int:
+    """Bytes of one iteration of a repeated string instruction, whose whole size depends on the count."""
+    return MemorySizeExt.size(instruction.memory_size) if _repeats(instruction) else 0
 
 
 def _gpr(register: int) -> int | None:

@@ -30,6 +30,7 @@ class ExitReason(enum.IntEnum):
     RDTSCP = 51
     VMFUNC = 59
     PAGE_MODIFICATION_LOG_FULL = 62
+    SPP_RELATED_EVENT = 66
 
 
 Json = dict[str, Any]
@@ -224,6 +225,20 @@ class PageModificationLogFull(Exit):
     reason: ClassVar[ExitReason] = ExitReason.PAGE_MODIFICATION_LOG_FULL
 
     qualification: int = 0
+
+
+@frozen(slots=True)
+class SppEvent(Exit):
+    """The sub-page permission table does not say whether a store may happen; it has not (reason 66).
+
+    Bit 11 of ``qualification`` is set for a miss (an entry is not valid), clear for a misconfiguration.
+    """
+
+    reason: ClassVar[ExitReason] = ExitReason.SPP_RELATED_EVENT
+
+    qualification: int
+    gpa: int
+    gva: int
 
 
 @frozen(slots=True)

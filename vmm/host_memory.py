@@ -8,9 +8,10 @@ from attrs import define
 
 from vmm.ept import Permission
 from vmm.ept.bits import GPA_LIMIT
+from vmm.ept.sub_pages import SUB_PAGES
 from vmm.ept.views import Views
 from vmm.errors import OptionError
-from vmm.inputs import Alias, Approve, Inputs, Protect, Seal, Write
+from vmm.inputs import Alias, Approve, Inputs, Protect, ProtectSubPages, Seal, Write
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.mmu import Mmu
@@ -98,6 +99,21 @@ class HostMemory:
         with self.inputs.during(Protect(gpa, size, access, user_execute)):
             for hpa, where, _ in places:
                 self.control.protect(self.frames.at(hpa), access, where & -PAGE, user_execute=user_execute)
+            self.flush()
+
+    def protect_sub_pages(self, gpa: int, writable: int) -> None:
+        """See ``Machine.protect_sub_pages``."""
+        table = self.views.all[0].ept.sub_pages
+        if table is None:
+            fix = "give a profile with sub_page_write"
+            raise OptionError("the processor has no sub-page permissions", where="protect_sub_pages", fix=fix)
+        if gpa % PAGE or not 0 <= writable < 1 << SUB_PAGES:
+            what = f"sub-pages {writable:#x} of GPA {gpa:#x}"
+            raise OptionError(what, where="protect_sub_pages", fix="give a multiple of 4096, and 32 bits")
+        places = self._places(gpa, PAGE)
+        self._refuse_sealed(places, "protect_sub_pages")
+        with self.inputs.during(ProtectSubPages(gpa, writable)):
+            self.control.protect_sub_pages(self.frames.at(places[0][0]), table, writable)
             self.flush()
 
     def approve(self, gpa: int, size: int) -> None:

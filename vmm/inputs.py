@@ -138,6 +138,20 @@ class Protect(Input):
 
 
 @frozen(slots=True)
+class ProtectSubPages(Input):
+    """The host let only some sub-pages of the page at ``gpa`` be written."""
+
+    name: ClassVar[str] = "sub-pages"
+
+    gpa: int
+    writable: int
+
+    def apply(self, machine: Machine) -> None:
+        """Protect them."""
+        machine.protect_sub_pages(self.gpa, self.writable)
+
+
+@frozen(slots=True)
 class Alias(Input):
     """The host made ``size`` bytes at ``gpa`` lead to the frames at ``target``."""
 

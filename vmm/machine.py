@@ -43,6 +43,7 @@ from vmm.trap.guard import StepGuard
 from vmm.trap.log import LogKeeper
 from vmm.trap.policy import Trap, TrapPolicy
 from vmm.trap.refusal import Refusals
+from vmm.trap.sub_pages import SubPages
 from vmm.trap.virtualization import VirtualizationExceptions
 from vmm.vcpu import VirtualCpu, verify_engine
 
@@ -289,6 +290,15 @@ class Machine:
         """
         self.host_memory.protect(gpa, size, access, user_execute=user_execute)
 
+    def protect_sub_pages(self, gpa: int, writable: int) -> None:
+        """Make the page at ``gpa`` read-only but for some of its sub-pages of 128 bytes (SDM vol. 3, 29.3.4).
+
+        Bit n of ``writable``, 0 to 31, is for bytes 128n to 128n + 127. It holds until ``protect``; while the frame is
+        code, its stores are trapped as any other's. Raises ``OptionError`` without memory there, for a sealed frame,
+        and for an EPT profile without ``sub_page_write``.
+        """
+        self.host_memory.protect_sub_pages(gpa, writable)
+
     def approve(self, gpa: int, size: int) -> None:
         """Let the frames of ``size`` bytes be executed as they are now, under a W^X policy, until they are written.
 
@@ -404,6 +414,10 @@ class Machine:
             refusals,
         )
         linear = GuestLinearMemory(self.memory, vcpu.mmu, self.door, vcpu.context, refusals)
+        if self.ept.sub_pages is not None:
+            trap.sub_pages = SubPages(
+                vcpu.mmu, self.ept.sub_pages, vcpu.instruction, self.reporter, finish=self.state.finish
+            )
         stepped = self.options.single_step or not self.options.traps
         fields = self._fields[vcpu.number]
         if self.ept.profile.virtualization_exceptions:
@@ -475,6 +489,8 @@ class Machine:
             self.control.move(self.frames.at(gpa), state_of_code, "image")
         for each in self.guest.manifest.ept_maps if self.options.traps else ():
             self.protect(each.gpa, each.length, each.access, user_execute=each.user_execute)
+            for gpa in range(each.gpa, each.gpa + each.length, PAGE) if each.sub_pages else ():
+                self.protect_sub_pages(gpa, each.sub_pages)
         for vcpu in self.vcpus:
             vcpu.reset_to(state)
         paging = self.guest.manifest.paging

@@ -1,9 +1,11 @@
-# Mode-based execute control: the EPT tells fetches from user-mode addresses from those from supervisor-mode ones.
+# Mode-based execute control: the EPT tells fetches from user-mode addresses from those from supervisor-mode
+# ones.
 #
-# Which of the two a linear address is, the guest's page tables say, not the ring. The guest maps two frames twice each:
-# for everybody where they lie, and for the supervisor only in the second MiB. The EPT lets user_function be fetched by
-# user-mode addresses only, kernel_function by supervisor-mode ones only. Each is called by both of its addresses; ring 0
-# calls user_function by the user-mode one, too, which is allowed. The VMM hears of what is not, and lets it through.
+# Which of the two a linear address is, the guest's page tables say, not the ring. The guest maps two frames
+# twice each: for everybody where they lie, and for the supervisor only in the second MiB. The EPT lets
+# user_function be fetched by user-mode addresses only, kernel_function by supervisor-mode ones only. Each is
+# called by both of its addresses; ring 0 calls user_function by the user-mode one, too, which is allowed. The
+# VMM hears of what is not, and lets it through.
 
         .include "guest.inc"
         .include "ring0.inc"

@@ -3,7 +3,7 @@
 The rooms inside: ``bits`` says where the fields of an entry are, ``entry`` decodes one, ``capabilities`` is what a
 processor can do, ``rules`` says which entries are present and which misconfigured, ``structures`` holds the tables,
 ``tables`` translates by them, ``qualification`` is what an EPT violation reports, ``log`` the
-page-modification log.
+page-modification log, ``sub_pages`` the sub-page permission table.
 
 Section numbers are those of the editions in which VMX support for address translation is chapter 29 (and VM exits
 chapter 28); earlier ones have the same sections in chapter 28 (27).

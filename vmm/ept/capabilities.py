@@ -49,6 +49,7 @@ _CTLS2_BITS: Final = {
     "page_modification_log": 49,
     "virtualization_exceptions": 50,
     "mode_based_execute": 54,
+    "sub_page_write": 55,
 }
 
 
@@ -72,6 +73,7 @@ class Capabilities:
     vm_functions: bool = True
     virtualization_exceptions: bool = True
     page_modification_log: bool = True
+    sub_page_write: bool = True
     supervisor_shadow_stack: bool = False
     invept: bool = False
     invept_single_context: bool = False
@@ -116,9 +118,10 @@ class EptProfile:
     """A processor's capabilities and what is enabled of them; the default is the machine that guests get.
 
     ``accessed_dirty`` is bit 6 of the EPTP, ``mode_based_execute`` the VM-execution control, ``page_modification_log``
-    that which enables PML (without ``accessed_dirty`` nothing is ever logged), ``vm_functions`` that for VMFUNC with
-    EPTP switching (26.5.6), ``virtualization_exceptions`` that for EPT-violation #VE (26.5.7). Raises ``OptionError``
-    if one is on that the capabilities do not have (VM entry would fail, SDM vol. 3, 27.2.1.1).
+    that which enables PML (without ``accessed_dirty`` nothing is ever logged), ``sub_page_write`` that for sub-page
+    write permissions, ``vm_functions`` that for VMFUNC with EPTP switching (26.5.6), ``virtualization_exceptions`` that
+    for EPT-violation #VE (26.5.7). Raises ``OptionError`` if one is on that the capabilities do not have (VM entry
+    would fail, SDM vol. 3, 27.2.1.1).
     """
 
     capabilities: Capabilities = Capabilities()
@@ -127,6 +130,7 @@ class EptProfile:
     vm_functions: bool = False
     virtualization_exceptions: bool = False
     page_modification_log: bool = False
+    sub_page_write: bool = False
 
     def __attrs_post_init__(self) -> None:
         for name in ("accessed_dirty", *_CTLS2_BITS):
@@ -162,6 +166,7 @@ PROFILES: Final = {
     "page-modification-log": EptProfile(
         capabilities=Capabilities(pages_2m=False, pages_1g=False), accessed_dirty=True, page_modification_log=True
     ),
+    "sub-page-write": EptProfile(sub_page_write=True),
     "advanced": EptProfile(capabilities=Capabilities(advanced_information=True)),
     "minimal": EptProfile(
         capabilities=Capabilities(**{**_LEAST, "walk_length_4": True, "tables_write_back": True})

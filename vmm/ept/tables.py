@@ -20,6 +20,7 @@ from vmm.ept.bits import (
     LEVELS,
     MEMORY_TYPE_SHIFT,
     READ,
+    SUB_PAGE_WRITE,
     SUPPRESS_VE,
     USER_EXECUTE,
     WRITE_BACK,
@@ -31,6 +32,7 @@ from vmm.ept.entry import EptEntry, Permission, maps_page
 from vmm.ept.log import PageModificationLog
 from vmm.ept.rules import RESERVED_TYPES, EntryRules
 from vmm.ept.structures import PagingStructures, check_page
+from vmm.ept.sub_pages import SubPageTable
 from vmm.errors import OptionError
 from vmm.memory import PAGE
 
@@ -59,6 +61,10 @@ class ExtendedPageTables:
         self.profile: Final = profile or EptProfile()
         self.rules: Final = EntryRules.of(self.profile)
         self._structures = PagingStructures(self.rules, host_size)
+        #: Sub-page write permissions; None without that control.
+        self.sub_pages = (
+            SubPageTable(self.profile.capabilities.physical_address_width) if self.profile.sub_page_write else None
+        )
         self._leaves: dict[int, Leaf] = {}
         #: By GPA bits 47:21, where the way down is in order: the page table and what the entries above it allow; or,
         #: for a large page, None and the leaf of its first 4 KiB in this region. A paging-structure cache.
@@ -80,7 +86,7 @@ class ExtendedPageTables:
         """An EPT with the same entries, its PML4 table at the host-physical address ``root``; nothing is cached."""
         made = ExtendedPageTables(self.profile)
         made._structures = self._structures.copy(root)
-        made.log = self.log
+        made.log, made.sub_pages = self.log, self.sub_pages
         return made
 
     # The processor's way
@@ -291,6 +297,12 @@ class ExtendedPageTables:
             self._leaves[gpa >> 12] = raw & (ADDRESS_MASK | above)
         else:
             self._leaves.pop(gpa >> 12, None)
+
+    def guard_sub_pages(self, gpa: int, *, guarded: bool) -> None:
+        """Set or clear the sub-page write permission bit of the entry that maps a 4 KiB page."""
+        table = self._structures.table(gpa, 1)
+        index = gpa >> 12 & ENTRIES - 1
+        table[index] = table[index] & ~SUB_PAGE_WRITE | guarded * SUB_PAGE_WRITE
 
     def unmap(self, gpa: int) -> None:
         """Make a 4 KiB page not present; a large page that it lies in is split."""

@@ -137,6 +137,11 @@ class Views:
                     user = bool(within(view, gpa, permissions | Permission.X) & Permission.X)
                 view.ept.protect(gpa, left, user_execute=user)
 
+    def guard_sub_pages(self, frame: Frame) -> None:
+        """Have sub-page permissions decide about stores to a guarded frame, in every view that lets it be written."""
+        for view, gpa in self.places(frame):
+            view.ept.guard_sub_pages(gpa, guarded=frame.guarded and bool(view.limit(gpa) & Permission.W))
+
     def map(self, gpa: int, frame: Frame) -> None:
         """Have a GPA lead to a frame in every view that does not have it lead elsewhere."""
         for view in self.all:
@@ -169,6 +174,8 @@ class Views:
     def _put(self, view: View, gpa: int, frame: Frame) -> None:
         """The entry of a page from all that is known of it."""
         view.ept.map(gpa, frame.hpa, within(view, gpa, self._allowed(frame)))
+        if frame.guarded:
+            view.ept.guard_sub_pages(gpa, guarded=bool(view.limit(gpa) & Permission.W))
         if view.ept.profile.virtualization_exceptions:
             view.ept.suppress(gpa, on=gpa not in view.convertible)
 

@@ -12,7 +12,7 @@ from attrs import evolve, fields, frozen
 
 from vmm.ept import PROFILES, Capabilities, EptProfile, Permission
 from vmm.errors import OptionError
-from vmm.guest.fields import PAGE, Table
+from vmm.guest.fields import PAGE, U32_MAX, Table
 
 _DEFAULT: Final = PROFILES["default"]
 _SWITCHES: Final = tuple(each.name for each in fields(EptProfile) if isinstance(getattr(_DEFAULT, each.name), bool))
@@ -37,6 +37,8 @@ class EptMap:
     length: int
     access: Permission
     user_execute: bool | None = None
+    #: Bit n: whether sub-page n of each page may be written, although ``access`` does not say so.
+    sub_pages: int = 0
 
 
 def ept_of(table: Table) -> EptProfile:
@@ -52,7 +54,7 @@ def ept_of(table: Table) -> EptProfile:
 
 def maps_of(table: Table, profile: EptProfile, memory: int) -> tuple[EptMap, ...]:
     """The entries of ``[[ept.map]]``, for ``memory`` bytes of RAM; raises ``ManifestError``."""
-    entries = table.tables("map", "[ept.map]", ("gpa", "length", "access"), _MAPS_LIMIT)
+    entries = table.tables("map", "[ept.map]", ("gpa", "length", "access", "sub_pages"), _MAPS_LIMIT)
     return tuple(_map_of(entry, profile, memory) for entry in entries)
 
 
@@ -69,7 +71,11 @@ def _map_of(table: Table, profile: EptProfile, memory: int) -> EptMap:
         raise table.error("access", f'"{text}" needs mode-based execute control', "set [ept].mode_based_execute")
     if text[1] == "w" and text[2:] not in ("-", "--"):
         raise table.error("access", f'"{text}" is writable and executable', "a frame is never both: give one")
-    return EptMap(gpa, length, Permission.parse(text[:3]), text[3] == "u" if modes else None)
+    sub_pages = table.integer("sub_pages", 0, U32_MAX, default=0)
+    if sub_pages and (text != "r--" or not profile.sub_page_write):
+        fix = 'set [ept].sub_page_write, and access = "r--"'
+        raise table.error("sub_pages", "only a read-only page has them, with sub-page write permissions", fix)
+    return EptMap(gpa, length, Permission.parse(text[:3]), text[3] == "u" if modes else None, sub_pages)
 
 
 def _capabilities_of(table: Table, of: Capabilities) -> Capabilities:

@@ -60,6 +60,8 @@ class Frame:
     readable: bool = False
     #: Whether the host has given a GPA of it other permissions than its state does; engines may have cached them.
     overridden: bool = False
+    #: Whether stores to it are judged by the sub-page permission table, so that it is R-- where it would be RW-.
+    guarded: bool = False
     #: Writes trapped since the frame became code, and reads trapped so far, for the adaptive policy.
     traps: int = 0
     reads: int = 0

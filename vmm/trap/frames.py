@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from vmm.ept import Permission
+from vmm.ept.sub_pages import SubPageTable
 from vmm.ept.views import Views
 from vmm.errors import InvariantError
 from vmm.exits import FrameEvent
@@ -57,7 +58,7 @@ class FrameControl:
         if frame.state is FrameState.STEPPING:
             return Permission(frame.opened)
         if frame.state is FrameState.DATA or frame.state is FrameState.WINDOW:
-            return RW
+            return Permission.R if frame.guarded else RW
         executable_only = self._ept.profile.capabilities.execute_only and not frame.readable
         return Permission.X if executable_only else RX
 
@@ -125,6 +126,8 @@ class FrameControl:
         A frame that is to be writable is data from then on, one that is to be executable is code. Anything less
         restricts its state, until that changes.
         """
+        if frame.guarded:
+            self._guard(frame, guarded=False)
         if permissions & Permission.W and frame.state not in (FrameState.DATA, FrameState.WINDOW):
             self.move(frame, FrameState.DATA, "host")
         elif (permissions & Permission.X or user_execute) and not self._is_code(frame):
@@ -134,6 +137,20 @@ class FrameControl:
         user = "" if user_execute is None else "u" if user_execute else "-"
         self._report(frame, frame.state.value, f"{permissions}{user}", "host")
         self._verify(frame)
+
+    def protect_sub_pages(self, frame: Frame, table: SubPageTable, writable: int) -> None:
+        """Make a frame data of which only some sub-pages may be written: those of the 32 bits of ``writable``."""
+        if frame.state not in (FrameState.DATA, FrameState.WINDOW):
+            self.move(frame, FrameState.DATA, "host")
+        self._protect(frame, Permission.R)
+        self._guard(frame, guarded=True)
+        for gpa in frame.gpas:
+            table.permit(gpa, writable)
+        self._report(frame, frame.state.value, f"sub-pages {writable:#x}", "host")
+
+    def _guard(self, frame: Frame, *, guarded: bool) -> None:
+        frame.guarded = guarded
+        self._views.guard_sub_pages(frame)
 
     @staticmethod
     def _is_code(frame: Frame) -> bool:

@@ -42,16 +42,20 @@ class StepGuard:
     door: Door
     vcpu: VirtualCpu
     opened: list[Frame] = field(factory=list)
+    #: Whether a frame was opened for an access that had a VM exit.
+    exited: bool = False
     _pc: int = 0
 
     def begin(self, *, arrived: bool) -> None:
         """Start with an instruction; no frame is open. ``arrived`` is as for ``Mmu.begin_step``."""
         self.opened.clear()
+        self.exited = False
         self.vcpu.step_memory.begin(arrived=arrived)
         self._pc = self.vcpu.context.pc
 
-    def open(self, frame: Frame, access: int) -> None:
-        """Open a code frame: R-- for a read, RW- for a write; never executable."""
+    def open(self, frame: Frame, access: int, *, exited: bool = True) -> None:
+        """Open a frame: R-- for a read, RW- for a write; never executable."""
+        self.exited |= exited
         wanted = Permission.R if access == READ else RW
         self.control.open(frame, wanted)
         if frame not in self.opened:

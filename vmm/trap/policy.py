@@ -27,6 +27,7 @@ from vmm.cpu.engine import FETCH, READ, WRITE, Stop
 from vmm.cpu.events import Event
 from vmm.ept.bits import PERMISSION_MASK, USER_EXECUTE
 from vmm.ept.qualification import encode
+from vmm.ept.sub_pages import SubPageVerdict
 from vmm.errors import OptionError
 from vmm.exits import EptViolation, ExitReason, Mtf
 from vmm.memory import PAGE
@@ -38,6 +39,7 @@ from vmm.trap.door import Door, SealedFrame
 from vmm.trap.frames import FrameControl
 from vmm.trap.guard import StepGuard
 from vmm.trap.refusal import GENERAL_PROTECTION, Refusals
+from vmm.trap.sub_pages import SubPages
 from vmm.trap.virtualization import VIRTUALIZATION_EXCEPTION, VirtualizationExceptions
 
 #: Trapped writes to one frame after which the adaptive policy opens a window, and trapped reads after which it grants
@@ -91,6 +93,8 @@ class Trap:
     exceptions: VirtualizationExceptions | None = None
     #: Whether what a view forbids, and no handler wants, becomes a #GP of the guest instead of the end of the run.
     denials_fault: bool = False
+    #: Judges stores to guarded frames; None without sub-page write permissions.
+    sub_pages: SubPages | None = None
 
     def answer(self, violation: Violation) -> Stop | Event | None:
         """Answer one violation of the free-running engine.
@@ -135,7 +139,7 @@ class Trap:
         finally:
             entries = guard.close()
         try:
-            if guard.opened and outcome is Stop.STEPPED:
+            if guard.exited and outcome is Stop.STEPPED:
                 self.reporter.count(ExitReason.MTF)
                 if self.reporter.observed:
                     self.reporter.exit(Mtf(rip=guard.vcpu.context.pc))
@@ -173,6 +177,9 @@ class Trap:
 
     def _admit(self, violation: Violation) -> Event | Stop | None:
         """Open what a violation in a step asks for; an event to deliver instead, or ``Stop.ASKED`` to give up."""
+        verdict = None if self.sub_pages is None else self.sub_pages.judge(violation)
+        if verdict is not None and verdict[0] is not SubPageVerdict.FORBIDDEN:
+            return self._admit_sub_pages(violation, *verdict)
         modifies = self._modifies(violation)
         decision = self._report(violation, modifies=modifies)
         if decision is not None:
@@ -195,6 +202,13 @@ class Trap:
             frame.traps += writes
             frame.reads += not writes
             self.guard.open(frame, WRITE if writes else READ)
+        return None
+
+    def _admit_sub_pages(self, violation: Violation, verdict: SubPageVerdict, gpa: int) -> Event | Stop | None:
+        """A store that the sub-page permission table allows, without an exit, or says nothing about."""
+        if self.sub_pages is None or verdict is not SubPageVerdict.ALLOWED:
+            return None if self.sub_pages is None else self.sub_pages.event(violation, verdict, gpa)
+        self.guard.open(self._frame_of(violation), WRITE, exited=False)
         return None
 
     def _frame_of(self, violation: Violation) -> Frame:
