@@ -327,6 +327,7 @@ class TestVirtualizationExceptions:
         made.machine.views.restrict(0, 0, PAGE, R, convertible=True)
         made.machine.views.set_ve_area(AREA)
         assert made.run().reason == "EPT violation"
+        assert made.machine.read(AREA, 8) == bytes(8)
 
     def test_never_comes_while_an_event_is_delivered(self, options):
         made = build("ud2", options)
