@@ -28,6 +28,7 @@ class ExitReason(enum.IntEnum):
     EPT_VIOLATION = 48
     EPT_MISCONFIGURATION = 49
     RDTSCP = 51
+    VMFUNC = 59
     PAGE_MODIFICATION_LOG_FULL = 62
     SPP_RELATED_EVENT = 66
 
@@ -156,6 +157,17 @@ class Vmcall(Exit):
 
 
 @frozen(slots=True)
+class Vmfunc(Exit):
+    """VMFUNC that does not do its function: EAX is its number, ECX what it is given (reason 59)."""
+
+    reason: ClassVar[ExitReason] = ExitReason.VMFUNC
+
+    eax: int
+    ecx: int
+    length: int = 3
+
+
+@frozen(slots=True)
 class IoInstruction(Exit):
     """IN, INS, OUT or OUTS (reason 30). ``size`` is 1, 2 or 4 bytes; ``direction`` is "in" or "out"."""
 
@@ -182,7 +194,8 @@ class Mtf(Exit):
 class EptViolation(Exit):
     """A guest-physical access that the EPT does not allow; nothing of it has happened (reason 48).
 
-    ``qualification`` has the bits of SDM table 28-7. ``gva`` is None when bit 7 is clear.
+    ``qualification`` has the bits of SDM table 28-7. ``gva`` is None when bit 7 is clear. ``view`` is the number of the
+    EPT view in use, None on a machine that has only one.
     """
 
     reason: ClassVar[ExitReason] = ExitReason.EPT_VIOLATION
@@ -190,6 +203,7 @@ class EptViolation(Exit):
     qualification: int
     gpa: int
     gva: int | None
+    view: int | None = None
 
 
 @frozen(slots=True)
@@ -323,6 +337,36 @@ class FrameEvent(Record):
 
     def _fields(self) -> Json:
         return {"kind": "frame", "gpa": self.gpa, "from": self.before, "to": self.after, "cause": self.cause}
+
+
+@frozen(slots=True)
+class ViewEvent(Record):
+    """Something happened to views of the EPT (see ``docs/views.md``).
+
+    ``event`` is "added", "switched" (``view`` is in use from now on), "restricted" (``size`` bytes at ``gpa`` allow at
+    most ``access``) or "mapped" (they lead to where ``target`` does in view 0). ``cause`` is "host" or "vmfunc",
+    ``rip`` the VMFUNC.
+    """
+
+    kind: ClassVar[str] = "view"
+
+    event: str
+    view: int
+    cause: str
+    rip: int | None = None
+    gpa: int | None = None
+    size: int | None = None
+    access: str | None = None
+    target: int | None = None
+
+    def _fields(self) -> Json:
+        """Those that the event has."""
+        out: Json = {"kind": "view"}
+        for name in ("event", "view", "cause", "rip", "gpa", "size", "access", "target"):
+            value = getattr(self, name)
+            if value is not None:
+                out[name] = value
+        return out
 
 
 @frozen(slots=True)

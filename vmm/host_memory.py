@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from attrs import define
 
-from vmm.ept import ExtendedPageTables, Permission
+from vmm.ept import Permission
 from vmm.ept.bits import GPA_LIMIT
 from vmm.ept.sub_pages import SUB_PAGES
+from vmm.ept.views import Views
 from vmm.errors import OptionError
 from vmm.inputs import Alias, Approve, Inputs, Protect, ProtectSubPages, Seal, Write
 from vmm.memory import PAGE, GuestMemory
@@ -34,7 +35,7 @@ class HostMemory:
 
     memory: GuestMemory
     frames: Frames
-    ept: ExtendedPageTables
+    views: Views
     blocks: BlockCache
     control: FrameControl
     door: Door
@@ -73,8 +74,14 @@ class HostMemory:
         places = self.places(target, size)
         for page in range(gpa, gpa + size, PAGE):
             before = self.control.host_of(page)
-            if before is not None and self.frames.at(before).state is FrameState.SEALED:
+            if before is None:
+                continue
+            old = self.frames.at(before)
+            if old.state is FrameState.SEALED:
                 raise OptionError(f"GPA {page:#x} is sealed", where="alias", fix="sealed code stays where it is")
+            if old.elsewhere and all(gpa <= own < gpa + size for own in old.gpas):
+                what = f"GPA {page:#x} is all that leads in view 0 to a page of another view"
+                raise OptionError(what, where="alias", fix="remap that view first")
         with self.inputs.during(Alias(gpa, target, size)):
             for host, where, _ in places:
                 self._map(gpa + where - target, self.frames.at(host))
@@ -95,7 +102,7 @@ class HostMemory:
         executable = bool(access & Permission.X or user_execute)
         if access & Permission.W and executable:
             raise OptionError(f"access {access}", where="protect", fix="a frame is writable or executable, never both")
-        if user_execute is not None and not self.ept.profile.mode_based_execute:
+        if user_execute is not None and not self.views.all[0].ept.profile.mode_based_execute:
             fix = "give a profile with mode_based_execute"
             raise OptionError("fetches from user-mode addresses cannot be told from others", where="protect", fix=fix)
         places = self.places(gpa & -PAGE, size + gpa % PAGE)
@@ -114,7 +121,7 @@ class HostMemory:
 
     def protect_sub_pages(self, gpa: int, writable: int) -> None:
         """See ``Machine.protect_sub_pages``."""
-        table = self.ept.sub_pages
+        table = self.views.all[0].ept.sub_pages
         if table is None:
             fix = "give a profile with sub_page_write"
             raise OptionError("the processor has no sub-page permissions", where="protect_sub_pages", fix=fix)
@@ -157,7 +164,7 @@ class HostMemory:
             self.blocks.invalidate(old.hpa, PAGE, "remap")
             old.gpas.remove(gpa)
         frame.gpas.append(gpa)
-        self.ept.map(gpa, frame.hpa, self.control.permissions(frame))
+        self.views.map(gpa, frame)
         if self.tlb is not None:
             self.tlb.invalidate_gpa(gpa)
 
@@ -179,7 +186,7 @@ class HostMemory:
         done = 0
         while done < size:
             where = gpa + done
-            page = self.ept.host_page(where)
+            page = self.views.all[0].ept.host_page(where)
             if page is None:
                 what = f"GPA {where:#x} has no memory"
                 raise OptionError(what, where="guest memory", fix="stay inside the guest's RAM")

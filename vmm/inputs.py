@@ -198,6 +198,94 @@ class Alias(Input):
 
 
 @frozen(slots=True)
+class AddView(Input):
+    """The host made another view of the EPT, a copy of ``of``."""
+
+    name: ClassVar[str] = "add-view"
+
+    of: int
+
+    def apply(self, machine: Machine) -> None:
+        """Make it."""
+        machine.views.add(of=self.of)
+
+
+@frozen(slots=True)
+class SwitchView(Input):
+    """The host had a vCPU use another view."""
+
+    name: ClassVar[str] = "switch-view"
+
+    view: int
+    vcpu: int
+
+    def apply(self, machine: Machine) -> None:
+        """Switch."""
+        machine.views.switch(self.view, vcpu=self.vcpu)
+
+
+@frozen(slots=True)
+class Restrict(Input):
+    """The host changed what a view allows at most for ``size`` bytes at ``gpa``."""
+
+    name: ClassVar[str] = "restrict"
+
+    view: int
+    gpa: int
+    size: int
+    access: Permission
+    convertible: bool
+
+    def apply(self, machine: Machine) -> None:
+        """Restrict."""
+        machine.views.restrict(self.view, self.gpa, self.size, self.access, convertible=self.convertible)
+
+
+@frozen(slots=True)
+class Remap(Input):
+    """The host made ``size`` bytes at ``gpa`` lead, in a view, to the frames at ``target``."""
+
+    name: ClassVar[str] = "remap"
+
+    view: int
+    gpa: int
+    target: int
+    size: int
+
+    def apply(self, machine: Machine) -> None:
+        """Remap."""
+        machine.views.remap(self.view, self.gpa, self.target, self.size)
+
+
+@frozen(slots=True)
+class EptpList(Input):
+    """The host set the EPTPs that VMFUNC chooses from."""
+
+    name: ClassVar[str] = "eptp-list"
+
+    entries: tuple[int, ...]
+    vcpu: int
+
+    def apply(self, machine: Machine) -> None:
+        """Set them."""
+        machine.views.set_eptp_list(self.entries, vcpu=self.vcpu)
+
+
+@frozen(slots=True)
+class VeArea(Input):
+    """The host set the information area of virtualization exceptions."""
+
+    name: ClassVar[str] = "ve-area"
+
+    gpa: int
+    vcpu: int
+
+    def apply(self, machine: Machine) -> None:
+        """Set it."""
+        machine.views.set_ve_area(self.gpa, vcpu=self.vcpu)
+
+
+@frozen(slots=True)
 class Seal(Input):
     """The host sealed ``size`` bytes at ``gpa``."""
 
@@ -421,6 +509,10 @@ def _boolean(value: object) -> bool:
     return value
 
 
+def _numbers(value: Any) -> tuple[int, ...]:  # noqa: ANN401 - a JSON value
+    return tuple([_number(each) for each in value])
+
+
 def _bytes(value: Any) -> bytes:  # noqa: ANN401 - a JSON value
     if not _HEX.fullmatch(value):
         raise ValueError(value)
@@ -456,6 +548,7 @@ _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "int": _number,
     "int | None": lambda value: _optional(_number, value),
     "bool": _boolean,
+    "tuple[int, ...]": _numbers,
     "bool | None": lambda value: _optional(_boolean, value),
     "bytes": _bytes,
     "Permission": Permission.parse,

@@ -1,8 +1,8 @@
 """Guest-linear memory as the VMM itself reaches it on the guest's behalf, for event delivery.
 
-Guest paging applies with all its faults. The EPT applies, too, but the VMM does not exit to itself: code frames
-may be read, and what is written to one goes through the door, unless the W^X policy or a seal is against it: then
-the delivery faults as a store would.
+Guest paging applies with all its faults. The EPT applies, too, but the VMM does not exit to itself, except for what the
+view of the vCPU is against: code frames may be read, and what is written to one goes through the door, unless the W^X
+policy or a seal is against it: then the delivery faults as a store would.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from attrs import define
 
 from vmm.cpu.context import Context
-from vmm.cpu.engine import READ, WRITE, Stop
+from vmm.cpu.engine import READ, WRITE, R, Stop, W
 from vmm.cpu.events import Event, GuestFault, Vector
-from vmm.ept import CLEAN, HELD, MISCONFIGURED, ExtendedPageTables
+from vmm.ept import CLEAN, HELD, MISCONFIGURED
 from vmm.memory import PAGE, GuestMemory
-from vmm.mmu import Mmu, UnmappedStructure
+from vmm.mmu import ForbiddenStructure, Mmu, UnmappedStructure, Violation
 from vmm.mmu.refusals import LogIsFull, PagingStructureViolation
 from vmm.paging import Access, PageFault, walk
 from vmm.trap.door import Door, SealedFrame
@@ -28,12 +28,12 @@ class GuestLinearMemory:
     """Implements ``vmm.cpu.state.LinearMemory`` for one vCPU.
 
     All methods raise ``vmm.cpu.events.GuestFault`` besides where a page walk would write to a sealed frame, the
-    writing ones for a store to one. They raise ``LogIsFull`` where a flag of the EPT has to be set and the
-    page-modification log is full, and ``RunEnded`` if the W^X policy has ended the run.
+    writing ones for a store to one. They raise ``ForbiddenStructure`` where the view of the EPT is against an access,
+    ``LogIsFull`` where a flag of the EPT has to be set and the page-modification log is full, and ``RunEnded`` if the
+    W^X policy has ended the run.
     """
 
     memory: GuestMemory
-    ept: ExtendedPageTables
     mmu: Mmu
     door: Door
     context: Context
@@ -90,17 +90,27 @@ class GuestLinearMemory:
             gpa = walk(self.mmu.structures, mode, cr3, linear, access, user=user, implicit=not user).gpa
         except LogIsFull:
             raise
-        except PagingStructureViolation as violation:
-            raise UnmappedStructure(violation.gpa, linear) from None
+        except PagingStructureViolation as problem:
+            refusal = problem.refusal(linear & -PAGE, READ if access == Access.READ else WRITE)
+            if isinstance(refusal, Violation) and self.mmu.view.forbids(problem.gpa, problem.needed):
+                raise ForbiddenStructure(refusal, linear) from None
+            raise UnmappedStructure(problem.gpa, linear) from None
         except SealedFrame as sealed:
             raise _fault_of(self.refusals.of_walk(sealed.gpa)) from None
-        leaf = self.ept.translate(gpa)
+        view = self.mmu.view
+        leaf = view.ept.translate(gpa)
+        kind, needed = (WRITE, W) if access == Access.WRITE else (READ, R)
+        if view.forbids(gpa, needed):
+            violation = Violation(linear & -PAGE, kind, gpa, leaf, final=True, needed=needed)
+            raise ForbiddenStructure(violation, linear)
+        if not leaf and view.limits:
+            leaf = view.ept.host_page(gpa) or 0  # a code frame of which the view's limit leaves nothing
         if leaf in (0, MISCONFIGURED):
             raise UnmappedStructure(gpa, linear)
         clean = leaf & CLEAN and access == Access.WRITE
-        if leaf & HELD or (clean and self.ept.is_log_full):
-            raise LogIsFull(gpa, WRITE if access == Access.WRITE else READ, leaf, 0)
-        return gpa, self.ept.dirty(gpa) if clean else leaf
+        if leaf & HELD or (clean and view.ept.is_log_full):
+            raise LogIsFull(gpa, kind, leaf, 0)
+        return gpa, view.ept.dirty(gpa) if clean else leaf
 
 
 def _fault_of(refused: Event | Stop) -> Exception:

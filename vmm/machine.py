@@ -8,6 +8,7 @@ from typing import Final, Self
 
 from vmm.block_events import BlockEvents, reporting
 from vmm.coherence import Coherence, FetchSides, FetchView, Sanitizer
+from vmm.control_fields import ControlFields
 from vmm.cpu.events import Event, EventType
 from vmm.cpu.features import pc_cpuid
 from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Workpiece
@@ -15,6 +16,7 @@ from vmm.devices.from_manifest import attach_inputs
 from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
 from vmm.ept import ExtendedPageTables, Permission
 from vmm.ept.bits import ADDRESS_MASK
+from vmm.ept.views import Views
 from vmm.errors import OptionError
 from vmm.exits import End, FrameEvent, Record
 from vmm.guest import boot
@@ -23,11 +25,12 @@ from vmm.guest.loader import Guest, load_guest
 from vmm.guest.manifest import WorkpieceSpec
 from vmm.host_memory import HostMemory
 from vmm.host_monitors import HostMonitors
+from vmm.host_views import HostViews
 from vmm.inputs import Answer, DrainLog, Inject, Inputs, Interrupt, Invept, Invvpid, MonitorTrap, Stop
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
-from vmm.memory.frames import Frames, FrameState
+from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.monitors import HiddenPatch, Monitor
 from vmm.monitors.monitor import After, Before, Condition
 from vmm.pc import Pc
@@ -46,6 +49,7 @@ from vmm.trap.log import LogKeeper
 from vmm.trap.policy import Trap, TrapPolicy
 from vmm.trap.refusal import Refusals
 from vmm.trap.sub_pages import SubPages
+from vmm.trap.virtualization import VirtualizationExceptions
 from vmm.vcpu import VirtualCpu, verify_engine
 
 
@@ -73,14 +77,14 @@ class Machine:
         self.memory: Final = GuestMemory(state.memory + len(state.system.data), twins=twins)
         self.frames: Final = Frames(state.memory, state.system.gpa)
         self.ept: Final = ExtendedPageTables(self.options.ept or guest.manifest.ept, host_size=self.memory.size)
+        self._views: Final = Views(self.ept, self.frames, self._allowed)
         self.blocks: Final = BlockCache(self._forget, capacity=self.options.capacity)
         self.door: Final = Door(self.memory, self.frames, self.blocks, self.reporter)
         self._several = len(state.cpus) > 1
         self._exits: Final[list[InstructionExits]] = []
         self.control: Final = FrameControl(
             self.memory,
-            self.ept,
-            self.frames,
+            self._views,
             self.blocks,
             home=self.memory.home,
             flush=self._flush,
@@ -95,12 +99,24 @@ class Machine:
         self.sanitizer: Final = None if model is Coherence.COHERENT else self._make_sanitizer(model, len(state.cpus))
         #: The vCPUs, by number.
         self.vcpus: Final = [self._make_vcpu(number) for number in range(len(state.cpus))]
+        self._fields: Final = [ControlFields() for _ in self.vcpus]
+        #: Views of the EPT.
+        self.views: Final = HostViews(
+            self._views,
+            self.frames,
+            self.inputs,
+            self.reporter,
+            self.vcpus,
+            self._fields,
+            keeps_wx=self.keeps_wx,
+            flush=self._flush,
+        )
         self.inputs.contexts = [vcpu.context for vcpu in self.vcpus]
         self.loop: Final = self._make_loop()
         self.host_memory: Final = HostMemory(
             self.memory,
             self.frames,
-            self.ept,
+            self._views,
             self.blocks,
             self.control,
             self.door,
@@ -203,8 +219,8 @@ class Machine:
         """Decorator: call the function for each exit of a type, before the default answer.
 
         It may return True if it has dealt with the exit: the guest then goes on as it is. At ``EptViolation``,
-        ``ExceptionExit``, ``Vmcall`` and ``EptMisconfiguration`` it may return an ``Event`` to deliver instead of
-        the default answer. What it raises ends the run. Raises ``OptionError`` for a type that is no exit.
+        ``ExceptionExit``, ``Vmcall``, ``Vmfunc`` and ``EptMisconfiguration`` it may return an ``Event`` to deliver
+        instead of the default answer. What it raises ends the run. Raises ``OptionError`` for a type that is no exit.
         """
         if not hasattr(kind, "reason"):
             fix = "give one of the exits in vmm.exits, or use observe"
@@ -374,7 +390,7 @@ class Machine:
     def verify(self) -> None:
         """Check the rules of the trap for every frame, if there is a trap; raises ``InvariantError``."""
         for frame in self.frames if self.options.traps else ():
-            verify_frame(self.ept, self.blocks, frame)
+            verify_frame(self._views, self.blocks, frame)
 
     # Monitors, hooks, hidden patches
 
@@ -471,7 +487,7 @@ class Machine:
         exits = InstructionExits(self.ports, self.reporter)
         vcpu = VirtualCpu(
             self.memory,
-            self.ept,
+            self._views.all[0],
             self.frames,
             self.blocks,
             exits,
@@ -510,15 +526,23 @@ class Machine:
             self.reporter,
             refusals,
         )
-        linear = GuestLinearMemory(self.memory, self.ept, vcpu.mmu, self.door, vcpu.context, refusals)
+        linear = GuestLinearMemory(self.memory, vcpu.mmu, self.door, vcpu.context, refusals)
         if self.ept.sub_pages is not None:
             trap.sub_pages = SubPages(
-                self.ept, self.ept.sub_pages, vcpu.instruction, self.reporter, finish=self.state.finish
+                vcpu.mmu, self.ept.sub_pages, vcpu.instruction, self.reporter, finish=self.state.finish
             )
         stepped = self.options.single_step or not self.options.traps
         if self.tlb is not None:
             trap.stepped = self.tlb.written
-        processor = Processor(vcpu, trap, self.blocks, self.reporter, linear, self.state, stepped, self.tlb)
+        fields = self._fields[vcpu.number]
+        if self.ept.profile.virtualization_exceptions:
+            trap.exceptions = VirtualizationExceptions(
+                self.memory, self.frames, self.door, vcpu.mmu, vcpu.context, fields
+            )
+        trap.denials_fault = self.guest.manifest.views.denied == "fault"
+        processor = Processor(
+            vcpu, trap, self.blocks, self.reporter, linear, self.state, stepped, self._views, fields, self.tlb
+        )
         self._exits[vcpu.number].inject = processor.pending.append
         return processor
 
@@ -530,7 +554,7 @@ class Machine:
     def _keep_log(self) -> LogKeeper | None:
         if self.ept.log is None:
             return None
-        keeper = LogKeeper(self.ept.log, self.ept, self.reporter, self._flush)
+        keeper = LogKeeper(self.ept.log, self._views, self.reporter, self._flush)
         for processor in self.loop.processors:
             processor.log = keeper
         return keeper
@@ -592,6 +616,7 @@ class Machine:
             mappings = [(m.gva, m.gpa, m.length) for m in paging.effective(state.memory)]
             for vcpu in self.vcpus:
                 vcpu.mmu.fix_tables(state.cr3, mappings)
+        self.guest.manifest.views.apply(self.views, len(self.vcpus))
 
         for gva, patch in self.guest.hidden:
             self.patch_hidden(self.physical(gva), patch)
@@ -600,6 +625,10 @@ class Machine:
     def _current(self) -> VirtualCpu:
         """The vCPU at work."""
         return self.loop.current.vcpu
+
+    def _allowed(self, frame: Frame) -> Permission:
+        """What the state of a frame allows; everything where there are no traps."""
+        return self.control.permissions(frame) if self.options.traps else RWX
 
     def _forget(self, hpa: int, size: int) -> None:
         for vcpu in self.vcpus:

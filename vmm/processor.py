@@ -9,16 +9,21 @@ from attrs import define, field
 
 from vmm import exits
 from vmm.board import Board
+from vmm.control_fields import ControlFields
 from vmm.cpu import layout
 from vmm.cpu.delivery import TripleFault, deliver
-from vmm.cpu.engine import FETCH, READ, Stop
+from vmm.cpu.engine import FETCH, READ, WRITE, Stop
 from vmm.cpu.events import Event, EventType, Vector
 from vmm.cpu.state import LinearMemory
 from vmm.cpu.syscall import syscall
 from vmm.decode import Decoded
+from vmm.ept.bits import PERMISSION_MASK, USER_EXECUTE
+from vmm.ept.qualification import encode
+from vmm.ept.views import Views
 from vmm.exits import ExitReason
 from vmm.memory import PAGE
 from vmm.mmu import (
+    ForbiddenStructure,
     GuestFault,
     LogFull,
     LogIsFull,
@@ -39,13 +44,17 @@ from vmm.run_state import RunState
 from vmm.tlb import StrictTlb
 from vmm.translation import BlockCache, Span
 from vmm.trap.log import LogKeeper
-from vmm.trap.policy import DeniedAbove, Trap, UnmappedAccess
+from vmm.trap.policy import DeniedAccess, Trap, UnmappedAccess
 from vmm.trap.refusal import RunEnded
+from vmm.trap.virtualization import VIRTUALIZATION_EXCEPTION
 from vmm.vcpu import VirtualCpu
+from vmm.vm_functions import VMFUNC, chosen_view, is_undefined
 
 _UNDEFINED: Final = Event(Vector.UD, EventType.HARDWARE_EXCEPTION)
 _RFLAGS_TF: Final = 1 << 8
 _RFLAGS_IF: Final = 1 << 9
+_LOW_32: Final = 0xFFFF_FFFF
+_ALLOWED: Final = PERMISSION_MASK | USER_EXECUTE
 _VMCALL: Final = b"\x0f\x01\xc1"
 
 
@@ -65,6 +74,8 @@ class Processor:
     linear: LinearMemory
     state: RunState
     single_step: bool
+    views: Views
+    fields: ControlFields
     #: Strict staleness, None without it.
     tlb: StrictTlb | None = None
     pending: deque[Event] = field(factory=deque)
@@ -332,10 +343,14 @@ class Processor:
         return not self.vcpu.instruction.decoded.length
 
     def _is_stepped_first(self, refusal: Violation | Unjudged | Watched) -> bool:
-        """Whether to see what a step makes of it: it is monitored, or too early for the W^X policy to judge a fetch."""
+        """Whether to see what a step makes of it.
+
+        It is monitored, or it is too early for the W^X policy to judge a fetch, or for a view to be against it.
+        """
         if isinstance(refusal, Watched):
             return True
-        return self.trap.refusals.keeps_wx and self._is_early(refusal.page, refusal.access)
+        judged = self.trap.refusals.keeps_wx or (isinstance(refusal, Violation) and self.trap.is_denied(refusal))
+        return judged and self._is_early(refusal.page, refusal.access)
 
     def _is_early(self, page: int, access: int) -> bool:
         """Whether a fetch fault may come too early (quirk "early-fetch").
@@ -347,7 +362,8 @@ class Processor:
 
     def _raise(self, event: Event) -> None:
         """An exception or software interrupt of the guest: a VM exit, then its delivery."""
-        if event.type in (EventType.SOFTWARE_INTERRUPT, EventType.OTHER_EVENT):
+        plain = event.type in (EventType.SOFTWARE_INTERRUPT, EventType.OTHER_EVENT)
+        if plain or event is VIRTUALIZATION_EXCEPTION:
             self._deliver(event)
             return
         self.reporter.count(ExitReason.EXCEPTION_OR_NMI)
@@ -387,12 +403,63 @@ class Processor:
             self._log_full()
             self.pending.appendleft(event)
             return
+        except ForbiddenStructure as problem:
+            self._forbidden(event, problem)
+            return
         context.end_shadow()
         self.monitor_trap.pending = self.monitor_trap.control
         if self.reporter.observed:
             done = delivered.event
             name = done.type.name.lower().replace("_", " ")
             self.reporter.emit(exits.Injection(int(done.vector), name, done.error_code, context.pc))
+
+    def _forbidden(self, event: Event, problem: ForbiddenStructure) -> None:
+        """A view does not allow what an event's delivery reaches for: a handler may mend that, for another try."""
+        violation = problem.violation
+        self.reporter.count(ExitReason.EPT_VIOLATION)
+        decision: Event | bool | None = None
+        gpa = violation.gpa | (problem.linear % PAGE if violation.final else 0)
+        if self.reporter.observed:
+            qualification = encode(
+                read=violation.access == READ or violation.updates,
+                write=violation.access == WRITE or violation.updates,
+                fetch=False,
+                allowed=violation.leaf & _ALLOWED,
+                final=violation.final,
+                advanced=0,
+            )
+            view = self.vcpu.mmu.view.shown
+            exit_ = exits.EptViolation(self.vcpu.context.pc, qualification, gpa, problem.linear, view)
+            decision = self.reporter.exit(exit_)
+        if decision is None:
+            self.state.finish("EPT violation", {"gpa": gpa, "gva": problem.linear})
+        else:
+            self.pending.appendleft(decision if isinstance(decision, Event) else event)
+
+    def _vmfunc(self) -> None:
+        """VMFUNC (see ``vmm.vm_functions``). Like a VMCALL, one that a handler has dealt with is done."""
+        context = self.vcpu.context
+        eax, ecx = (context.gprs[number] & _LOW_32 for number in (0, 1))
+        if is_undefined(self.views, eax):
+            self._raise(_UNDEFINED)
+            return
+        view = chosen_view(self.views, self.fields, eax, ecx)
+        if view is None:
+            self.reporter.count(ExitReason.VMFUNC)
+            decision: Event | bool | None = None
+            if self.reporter.observed:
+                decision = self.reporter.exit(exits.Vmfunc(rip=context.pc, eax=eax, ecx=ecx))
+            if decision is not True:
+                self._deliver(decision or _UNDEFINED)
+                return
+        else:
+            self.vcpu.use(view)
+            self.fields.eptp_index = ecx
+            self.reporter.charge()
+            if self.reporter.observed:
+                self.reporter.emit(exits.ViewEvent("switched", view.number, "vmfunc", rip=context.pc))
+        context.rip += len(VMFUNC)
+        self.vcpu.pace.spend()
 
     def _invalid(self) -> None:
         """#UD, or an instruction that this engine reports as invalid but the processor knows."""
@@ -407,6 +474,8 @@ class Processor:
                     return
             context.rip += len(_VMCALL)
             self.vcpu.pace.spend()
+        elif code.startswith(VMFUNC):
+            self._vmfunc()
         elif (decoded := self.vcpu.instruction.decoded).is_int1:
             context.end_resume()
             self._raise(Event(Vector.DB, EventType.PRIVILEGED_SOFTWARE_EXCEPTION, length=decoded.length))
@@ -460,7 +529,7 @@ class Processor:
 
     def _unmapped(self, problem: UnmappedAccess) -> None:
         where = {"gpa": problem.violation.gpa, "gva": problem.violation.page}
-        if isinstance(problem, DeniedAbove):
+        if isinstance(problem, DeniedAccess):
             self.state.finish("EPT violation", where)
         else:
             self.state.finish("unmapped memory", where)

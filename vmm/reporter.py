@@ -10,7 +10,17 @@ from attrs import evolve
 
 from vmm.cpu.events import Event
 from vmm.errors import OptionError
-from vmm.exits import EptMisconfiguration, EptViolation, ExceptionExit, Exit, ExitReason, Record, SppEvent, Vmcall
+from vmm.exits import (
+    EptMisconfiguration,
+    EptViolation,
+    ExceptionExit,
+    Exit,
+    ExitReason,
+    Record,
+    SppEvent,
+    Vmcall,
+    Vmfunc,
+)
 from vmm.inputs import Inputs
 
 E = TypeVar("E", bound=Exit)
@@ -19,7 +29,7 @@ E = TypeVar("E", bound=Exit)
 Handler = Callable[[E], "Event | bool | None"]
 Observer = Callable[[Record], None]
 #: Exits whose instruction has not executed, so that an event can be delivered instead of it.
-REPLACEABLE: Final = (EptViolation, ExceptionExit, Vmcall, EptMisconfiguration, SppEvent)
+REPLACEABLE: Final = (EptViolation, ExceptionExit, Vmcall, Vmfunc, EptMisconfiguration, SppEvent)
 
 
 class Reporter:

@@ -15,7 +15,7 @@ from vmm.cpu.features import CpuidAnswer
 from vmm.cpu.free import FreeRunningEngine
 from vmm.cpu.state import SegmentName
 from vmm.cpu.stepping import SteppingEngine
-from vmm.ept import ExtendedPageTables
+from vmm.ept.views import View
 from vmm.exits import StaleExecution
 from vmm.guest.boot import BootState
 from vmm.memory import PAGE, GuestMemory
@@ -56,7 +56,7 @@ class VirtualCpu:
     def __init__(
         self,
         memory: GuestMemory,
-        ept: ExtendedPageTables,
+        ept: View,
         frames: Frames,
         blocks: BlockCache,
         platform: Platform,
@@ -90,6 +90,11 @@ class VirtualCpu:
         self.step_memory = StepMemory(memory, frames, self.context, self.mmu, self.instruction)
         self.stepping.fill = self.step_memory.fills_of(self.stepping)
         self.pace = Pace(self.free.ask_to_stop)
+
+    def use(self, view: View) -> None:
+        """Use another view of the EPT from the next access on."""
+        self.mmu.use(view)
+        self.free.flush_tlb()
 
     def step(self) -> Stop:
         """Execute one instruction on the stepping engine."""

@@ -12,6 +12,7 @@ from vmm.ept import PROFILES, Capabilities, EptProfile, Permission
 from vmm.errors import ManifestError
 from vmm.guest import Console, CpuSpec, End, Limits, MachineSpec, Mapping, Paging, Policy, ept, parse_manifest
 from vmm.guest.manifest import REGISTERS
+from vmm.guest.views import Restriction, ViewsSpec
 from vmm.memory import PAGE
 
 PATH = Path("here/guest.toml")
@@ -64,7 +65,10 @@ def test_the_documented_example_means_what_it_says():
         idt=0x18000,
         rsp0=0x60000,
     )
-    assert manifest.ept == EptProfile(accessed_dirty=True, capabilities=Capabilities(pages_1g=False))
+    capabilities = Capabilities(pages_1g=False)
+    assert manifest.ept == EptProfile(accessed_dirty=True, vm_functions=True, capabilities=capabilities)
+    limit = Restriction(0, 0x20000, 0x1000, Permission.R, convertible=False)
+    assert manifest.views == ViewsSpec(2, restrictions=(limit,), eptp_list=(0, 1))
     maps = (Mapping(0x8000000, 0x10000, 0x10000, "rx"), Mapping(0x9000000, 0x10000, 0x10000, "rw"))
     assert manifest.paging == Paging("rwx", maps)
     assert manifest.policy == Policy("step", "step", "fetch")
@@ -173,6 +177,8 @@ def test_later_mappings_win():
 
 
 # The bad input: (manifest, the key path that the message names, what it says of it or how to mend it).
+RESTRICT = "[[views.restrict]]\n"
+
 BAD = [
     # schema and name
     (GOOD.replace("vmm-guest/1", "vmm-guest/2"), "schema", "vmm-guest/1"),
@@ -314,6 +320,25 @@ BAD = [
     (GOOD + "[ept.capabilities]\npages_1g = 'no'", "[ept].capabilities.pages_1g", "not a boolean"),
     (GOOD + "[ept.capabilities]\nwalk_length_4 = false", "[ept]", "no 4-level walk"),
     (GOOD + "[ept]\ncapabilities.physical_address_width = 9", "[ept].capabilities.physical_address_width", "out of"),
+    (GOOD + "[views]\ncount = 65", "[views].count", "out of range"),
+    (GOOD + "[views]\nviews = 2", "[views].views", "unknown key"),
+    (GOOD + "[views]\ncount = 2\neptp_list = [0, 1]", "[views].eptp_list", "VMFUNC is not enabled"),
+    (GOOD + "[ept]\nvm_functions = true\n[views]\neptp_list = [1]", "[views].eptp_list", "integers from 0 to 0x0"),
+    (GOOD + "[ept]\nvm_functions = true\n[views]\neptp_list = 0", "[views].eptp_list", "not an array"),
+    (GOOD + f"[ept]\nvm_functions = true\n[views]\neptp_list = {[0] * 513}", "[views].eptp_list", "too many"),
+    (GOOD + "[views]\nve_area = 0x2000", "[views].ve_area", "#VE is not enabled"),
+    (GOOD + "[views]\nve_area = 0x2008", "[views].ve_area", "not aligned"),
+    (GOOD + "[views]\ndenied = 'ask'", "[views].denied", '"stop" or "fault"'),
+    (GOOD + RESTRICT + "view = 1\ngpa = 0\naccess = '---'", "[views.restrict][0].view", "out of range"),
+    (GOOD + RESTRICT + "view = 0\ngpa = 1\naccess = '---'", "[views.restrict][0].gpa", "not aligned"),
+    (GOOD + RESTRICT + "view = 0\ngpa = 0\naccess = '-w-'", "[views.restrict][0].access", "not one of"),
+    (
+        GOOD + RESTRICT + "view = 0\ngpa = 0\naccess = 'r--'\nconvertible = true",
+        "[views].restrict",
+        "#VE is not enabled",
+    ),
+    (GOOD + "[[views.map]]\nview = 0\ngpa = 0\ntarget = 0", "[views.map][0].view", "out of range"),
+    (GOOD + "[[views.map]]\nview = 1\ngpa = 0\ntarget = 0", "[views.map][0].view", "no view 1"),
     (GOOD + "[console]\nport = 0x10000", "[console].port", "out of range"),
     (GOOD + "[console]\nport = 0xf4", "[console].port", "[end].port too"),
     (GOOD + "[input]\nfile = 'x'", "[input].port", "missing"),

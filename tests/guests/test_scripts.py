@@ -43,7 +43,7 @@ WRITTEN_FREELY = {"w-xor-x"}
 MONITORED = {"w-xor-x"}
 
 #: Guests whose code never changes: it is sealed, or they are about something else.
-UNCHANGED = {"contract", "mbec", "pml-dirty", "spp-block"}
+UNCHANGED = {"contract", "mbec", "pml-dirty", "spp-block", "virtualization-exception", "vmfunc-views"}
 #: What none of them does.
 INVENTED = {"kind": "modification", "gpa": 0x10000, "old": "00", "new": "01", "cause": "store"}
 

@@ -219,6 +219,33 @@ class TestHostProgram:
             assert machine.ept.profile == expected
         assert_comes_again(tmp_path / "t", trace)
 
+    def test_views_of_the_ept(self, tmp_path):
+        """A store is refused in a view that a handler leaves for another; the guest switches back by VMFUNC."""
+
+        def act(machine):
+            views = machine.views
+            for _ in range(2):
+                views.add()
+            views.restrict(1, 0x12000, 0x1000, Permission.R, convertible=True)
+            views.remap(2, 0x12000, 0x13000, 0x1000)
+            views.set_eptp_list([views.ept(number).eptp for number in range(3)])
+            views.set_ve_area(0x14000)
+            views.switch(1)
+
+            @machine.on(EptViolation)
+            def leave(violation):
+                if violation.view != 1:
+                    return None
+                views.switch(2)
+                return True
+
+        source = "mov byte ptr [0x12000], 7\nxor eax, eax\nxor ecx, ecx\n.byte 0x0f, 0x01, 0xd4\nout 0xf4, al"
+        options = RunOptions(ept=EptProfile(vm_functions=True))
+        trace = recorded(tmp_path / "t", guest(tmp_path / "g", source), options, act)
+        before = ["add-view", "add-view", "restrict", "remap", "eptp-list", "ve-area", "switch-view"]
+        assert [name for name, _ in inputs(trace)] == [*before, "switch-view", "decision"]
+        assert_comes_again(tmp_path / "t", trace)
+
     def test_before_the_run(self, tmp_path):
         def act(machine):
             machine.write(0x12000, b"\x01\x02")

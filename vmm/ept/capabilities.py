@@ -10,7 +10,8 @@ the VM-execution controls. Bits of IA32_VMX_EPT_VPID_CAP (48CH) that have a fiel
 
 IA32_VMX_PROCBASED_CTLS2 (48BH) reports in bit 32 + n that bit n of the secondary processor-based controls may be 1::
 
-   17 enable PML      22 mode-based execute control for EPT      23 sub-page write permissions for EPT
+   13 enable VM functions    18 EPT-violation #VE                      23 sub-page write permissions for EPT
+   17 enable PML             22 mode-based execute control for EPT
 
 The physical-address width M is CPUID.80000008H:EAX[7:0].
 """
@@ -22,6 +23,7 @@ from typing import Final
 from attrs import asdict, frozen
 
 from vmm.errors import OptionError
+from vmm.memory import PAGE
 
 _MSR_BITS: Final = {
     "execute_only": 0,
@@ -42,7 +44,13 @@ _MSR_BITS: Final = {
     "invvpid_all_contexts": 42,
     "invvpid_retaining_globals": 43,
 }
-_CTLS2_BITS: Final = {"page_modification_log": 49, "mode_based_execute": 54, "sub_page_write": 55}
+_CTLS2_BITS: Final = {
+    "vm_functions": 45,
+    "page_modification_log": 49,
+    "virtualization_exceptions": 50,
+    "mode_based_execute": 54,
+    "sub_page_write": 55,
+}
 
 
 @frozen(slots=True, kw_only=True)
@@ -62,6 +70,8 @@ class Capabilities:
     accessed_dirty: bool = True
     advanced_information: bool = False
     mode_based_execute: bool = True
+    vm_functions: bool = True
+    virtualization_exceptions: bool = True
     page_modification_log: bool = True
     sub_page_write: bool = True
     supervisor_shadow_stack: bool = False
@@ -109,13 +119,16 @@ class EptProfile:
 
     ``accessed_dirty`` is bit 6 of the EPTP, ``mode_based_execute`` the VM-execution control, ``page_modification_log``
     that which enables PML (without ``accessed_dirty`` nothing is ever logged), ``sub_page_write`` that for sub-page
-    write permissions. Raises ``OptionError`` if one is on that
-    the capabilities do not have (VM entry would fail, SDM vol. 3, 27.2.1.1).
+    write permissions, ``vm_functions`` that for VMFUNC with EPTP switching (26.5.6), ``virtualization_exceptions`` that
+    for EPT-violation #VE (26.5.7). Raises ``OptionError`` if one is on that the capabilities do not have (VM entry
+    would fail, SDM vol. 3, 27.2.1.1).
     """
 
     capabilities: Capabilities = Capabilities()
     accessed_dirty: bool = False
     mode_based_execute: bool = False
+    vm_functions: bool = False
+    virtualization_exceptions: bool = False
     page_modification_log: bool = False
     sub_page_write: bool = False
 
@@ -129,6 +142,18 @@ class EptProfile:
         """The EPTP for a PML4 table at a host-physical address (SDM vol. 3, 25.6.11)."""
         write_back, walk_length_minus_1 = 6, 3
         return root | write_back | walk_length_minus_1 << 3 | self.accessed_dirty << 6
+
+    def accepts_eptp(self, eptp: int) -> bool:
+        """Whether VM entry would accept a 64-bit EPTP (SDM vol. 3, 27.2.1.1)."""
+        has = self.capabilities
+        uncacheable, write_back = 0, 6
+        memory_type = eptp & 7
+        known = (memory_type == write_back and has.tables_write_back) or (
+            memory_type == uncacheable and has.tables_uncacheable
+        )
+        flags = has.accessed_dirty << 6 | has.supervisor_shadow_stack << 7
+        address = (1 << has.physical_address_width) - PAGE
+        return known and eptp >> 3 & 7 == 3 and not eptp & ~(0x3F | flags | address)
 
 
 _LEAST: Final = {name: False for name, value in asdict(Capabilities()).items() if isinstance(value, bool)}

@@ -20,6 +20,7 @@ from vmm.ept.bits import (
     LEVELS,
     MEMORY_TYPE_SHIFT,
     PERMISSION_MASK,
+    SUPPRESS_VE,
     USER_EXECUTE,
     WRITE_BACK,
     page_mask,
@@ -30,7 +31,7 @@ from vmm.ept.rules import EntryRules
 from vmm.errors import OptionError
 from vmm.memory import PAGE
 
-#: Where the PML4 table is.
+#: Where the PML4 table of the first EPT of a machine is.
 ROOT: Final = PAGE
 
 _LEVEL_OF_SIZE: Final = {PAGE: 1, 1 << 21: 2, 1 << 30: 3}
@@ -43,24 +44,43 @@ Place = tuple[list[int], int, int]
 
 
 class PagingStructures:
-    """The tables of one EPT. ``host_size`` is where host-physical memory ends, in bytes."""
+    """The tables of one EPT. ``host_size`` is where host-physical memory ends, ``root`` where the PML4 table is.
 
-    def __init__(self, rules: EntryRules, host_size: int) -> None:
+    With EPT-violation #VE every entry suppresses it from the start, so that it is delivered where the host wants it.
+    """
+
+    def __init__(self, rules: EntryRules, host_size: int, root: int = ROOT) -> None:
         self.rules: Final = rules
+        self.root: Final = root
         self._host_size = host_size
+        self._suppressed = SUPPRESS_VE if rules.profile.virtualization_exceptions else 0
         #: By permissions, the bits of an entry that allows so much; with mode-based execute control X stands for X, XU.
         self.allow: Final = tuple(bits | (rules.present & USER_EXECUTE if bits & EXECUTE else 0) for bits in range(8))
         #: By host-physical address.
-        self.tables: Final[dict[int, list[int]]] = {ROOT: [0] * ENTRIES}
+        self.tables: Final[dict[int, list[int]]] = {root: [self._suppressed] * ENTRIES}
         #: The place that a table was made for: its level and the first GPA that it translates. It is used nowhere else.
         self._home: dict[int, tuple[int, int]] = {}
-        self._next = ROOT + PAGE
+        self._next = root + PAGE
+
+    def copy(self, root: int) -> PagingStructures:
+        """The same tables again, with the PML4 table at ``root`` and the others as far behind it as here."""
+        made, distance = PagingStructures(self.rules, self._host_size, root), root - self.root
+        made._next = self._next + distance
+        for address, (level, gpa) in {self.root: (LEVELS, 0), **self._home}.items():
+            size = 1 << shift_of(level)
+            made.tables[address + distance] = [
+                raw + distance if level > 1 and self._below(gpa + index * size, level, raw) is not None else raw
+                for index, raw in enumerate(self.tables[address])
+            ]
+            if address != self.root:
+                made._home[address + distance] = level, gpa
+        return made
 
     # Looking
 
     def find(self, gpa: int) -> Place:
         """The entry that maps ``gpa``, or the one where the way ends without one."""
-        table = self.tables[ROOT]
+        table = self.tables[self.root]
         for level in range(LEVELS, 1, -1):
             index = gpa >> shift_of(level) & ENTRIES - 1
             below = self._below(gpa, level, table[index])
@@ -82,7 +102,7 @@ class PagingStructures:
         """The table of ``level`` 1 to 4 on the way to ``gpa``; raises ``OptionError`` if the way ends above."""
         if not (1 <= level <= LEVELS and 0 <= gpa < GPA_LIMIT):
             raise OptionError(f"level {level} of GPA {gpa:#x}", where="EPT", fix="give level 1 to 4, a GPA below 2^48")
-        table = self.tables[ROOT]
+        table = self.tables[self.root]
         for above in range(LEVELS, level, -1):
             below = self._below(gpa, above, table[gpa >> shift_of(above) & ENTRIES - 1])
             if below is None:
@@ -110,6 +130,15 @@ class PagingStructures:
         table, index = self.make_table(gpa, level), gpa >> shift_of(level) & ENTRIES - 1
         self._release(gpa, level, table[index])
         table[index] = raw
+
+    def clear(self, gpa: int) -> None:
+        """Make a 4 KiB page not present, and not mapped; large pages are split."""
+        self.put(gpa, 1, self._suppressed)
+
+    def suppress(self, gpa: int, *, on: bool) -> None:
+        """Set or clear bit 63, suppress #VE, of the PTE that maps ``gpa``, or would; large pages are split."""
+        table, index = self.make_table(gpa, 1), gpa >> 12 & ENTRIES - 1
+        table[index] = table[index] & ~SUPPRESS_VE | (SUPPRESS_VE if on else 0)
 
     def put_page(self, gpa: int, hpa: int, permissions: Permission, size: int) -> int:
         """Map one page as write-back memory; its level. Raises ``OptionError`` (see ``ExtendedPageTables.map``)."""
@@ -175,12 +204,13 @@ class PagingStructures:
             if maps_page(table[index], reached):
                 self.split(gpa)
             else:
-                table[index] = self._new_table(gpa, reached - 1, [0] * ENTRIES) | self.rules.present
+                empty = [self._suppressed] * ENTRIES
+                table[index] = self._new_table(gpa, reached - 1, empty) | self.rules.present
 
     # Inside
 
     def _attributes(self, permissions: Permission) -> int:
-        return WRITE_BACK << MEMORY_TYPE_SHIFT | self.allow[permissions]
+        return WRITE_BACK << MEMORY_TYPE_SHIFT | self.allow[permissions] | self._suppressed
 
     def _below(self, gpa: int, level: int, raw: int) -> list[int] | None:
         """The table that an entry of ``level`` for ``gpa`` refers to; None unless it was made for this place."""

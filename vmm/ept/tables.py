@@ -21,6 +21,7 @@ from vmm.ept.bits import (
     MEMORY_TYPE_SHIFT,
     READ,
     SUB_PAGE_WRITE,
+    SUPPRESS_VE,
     USER_EXECUTE,
     WRITE_BACK,
     page_mask,
@@ -30,7 +31,7 @@ from vmm.ept.capabilities import EptProfile
 from vmm.ept.entry import EptEntry, Permission, maps_page
 from vmm.ept.log import PageModificationLog
 from vmm.ept.rules import RESERVED_TYPES, EntryRules
-from vmm.ept.structures import ROOT, PagingStructures, check_page
+from vmm.ept.structures import PagingStructures, check_page
 from vmm.ept.sub_pages import SubPageTable
 from vmm.errors import OptionError
 from vmm.memory import PAGE
@@ -61,9 +62,9 @@ class ExtendedPageTables:
         self.rules: Final = EntryRules.of(self.profile)
         #: Told of each ``write_entry``: the level, and the first GPA that the entry translates.
         self.entry_written: Callable[[int, int], None] | None = None
-        self._structures: Final = PagingStructures(self.rules, host_size)
+        self._structures = PagingStructures(self.rules, host_size)
         #: Sub-page write permissions; None without that control.
-        self.sub_pages: Final = (
+        self.sub_pages = (
             SubPageTable(self.profile.capabilities.physical_address_width) if self.profile.sub_page_write else None
         )
         self._leaves: dict[int, Leaf] = {}
@@ -74,7 +75,7 @@ class ExtendedPageTables:
         self._needs_read: Final = self.rules.needs_read
         self._clean: Final = CLEAN if self.profile.accessed_dirty else 0
         #: Gets each page whose dirty flag is set; None if nothing is logged.
-        self.log: Final = PageModificationLog() if self._clean and self.profile.page_modification_log else None
+        self.log = PageModificationLog() if self._clean and self.profile.page_modification_log else None
         self._pte_reserved: Final = self.rules.level(1).leaf_reserved
         #: For ``protect``, a short cut: the bits of a PTE that decide about misconfigurations, besides permissions; and
         #: by permissions, whether a PTE is then present and well-formed, so that it is the leaf but for what is above.
@@ -82,6 +83,13 @@ class ExtendedPageTables:
         self._sound: Final = tuple(
             bool(bits) and not self._clean and not self.rules.misconfigured(bits | _WRITE_BACK, 1) for bits in range(8)
         )
+
+    def copy(self, root: int) -> ExtendedPageTables:
+        """An EPT with the same entries, its PML4 table at the host-physical address ``root``; nothing is cached."""
+        made = ExtendedPageTables(self.profile)
+        made._structures = self._structures.copy(root)
+        made.log, made.sub_pages = self.log, self.sub_pages
+        return made
 
     # The processor's way
 
@@ -93,7 +101,7 @@ class ExtendedPageTables:
     @property
     def eptp(self) -> int:
         """The EPT pointer that selects this EPT (SDM vol. 3, 25.6.11)."""
-        return self.profile.eptp(ROOT)
+        return self.profile.eptp(self._structures.root)
 
     def translate(self, gpa: int) -> Leaf:
         """What the processor finds for the page of ``gpa``; with accessed and dirty flags on, it sets A on the way."""
@@ -114,7 +122,7 @@ class ExtendedPageTables:
 
         The last one maps the page, is not present, or is misconfigured (SDM vol. 3, 29.3.3.3, step 1).
         """
-        rules, table = self.rules, self._structures.tables[ROOT]
+        rules, table = self.rules, self._structures.tables[self._structures.root]
         for level in range(LEVELS, 0, -1):
             raw = table[gpa >> shift_of(level) & ENTRIES - 1]
             yield level, raw
@@ -283,7 +291,7 @@ class ExtendedPageTables:
         if table is None:
             table, above = self._page_table(gpa), 0
         index = gpa >> 12 & ENTRIES - 1
-        if not table or not table[index]:
+        if not table or not table[index] & ~SUPPRESS_VE:
             raise OptionError(f"GPA {gpa:#x} is not mapped", where="EPT", fix="map it first")
         allow = self._structures.allow[permissions]
         if user_execute is not None:
@@ -304,8 +312,19 @@ class ExtendedPageTables:
         """Make a 4 KiB page not present; a large page that it lies in is split."""
         check_page(gpa)
         covered = self._covered(gpa, PAGE)
-        self._structures.put(gpa, 1, 0)
+        self._structures.clear(gpa)
         self._forget(*covered)
+
+    def suppress(self, gpa: int, *, on: bool) -> None:
+        """Set or clear "suppress #VE" for a 4 KiB page, which a large page that it lies in is split for."""
+        check_page(gpa)
+        self._structures.suppress(gpa, on=on)
+        self._forget_regions(gpa & page_mask(LEVELS), 1 << shift_of(LEVELS))
+
+    def is_convertible(self, gpa: int) -> bool:
+        """Whether a violation at ``gpa`` would be converted to #VE, as far as the entry says (SDM vol. 3, 26.5.7.1)."""
+        level, raw = list(self.entries(gpa))[-1]
+        return not raw & SUPPRESS_VE and (maps_page(raw, level) or not raw & self._present)
 
     def split(self, gpa: int) -> None:
         """Turn the large page that maps ``gpa`` into 512 of the next size, with the same attributes and flags.

@@ -77,9 +77,18 @@ class Table:
             raise self.error(key, f"{shown(value)} is not aligned", fix)
         return value
 
-    def maybe_integer(self, key: str, low: int, high: int) -> int | None:
+    def maybe_integer(self, key: str, low: int, high: int, *, multiple: int = 1) -> int | None:
         """As ``integer``; None if the key is absent."""
-        return self.integer(key, low, high) if key in self else None
+        return self.integer(key, low, high, multiple=multiple) if key in self else None
+
+    def integers(self, key: str, high: int, most: int) -> tuple[int, ...]:
+        """An array of integers from 0 to ``high``, at most ``most`` of them; none if the key is absent."""
+        value = self._values.get(key, [])
+        if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= high for item in value):
+            raise self.error(key, f"{shown(value)} is not an array of integers from 0 to {high:#x}", "give such as [0]")
+        if len(value) > most:
+            raise self.error(key, f"{len(value)} entries are too many", f"give at most {most}")
+        return tuple(value)
 
     def seconds(self, key: str, high: float, *, default: float) -> float:
         """A number, whole or not, above zero and at most ``high``."""

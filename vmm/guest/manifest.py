@@ -11,6 +11,7 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
     [policy]   reads, writes, code, coherence, wx, tlb
     [ept]      profile, switches, [ept.capabilities] and [[ept.map]]: see ``vmm.guest.ept``
+    [views]    views of the EPT: see ``vmm.guest.views``
     [console]  port: what the guest writes there is its printed output
     [input]    port, file: what the guest reads there
     [clock]    port, time: where it reads the time
@@ -42,6 +43,8 @@ from vmm.guest.fields import PAGE, U16_MAX, U32_MAX, U64_MAX, Table, is_canonica
 from vmm.guest.files import one_line, read_file
 from vmm.guest.hidden import HiddenSpec, hidden_of
 from vmm.guest.inputs import ClockSpec, InputSpec, clock_of, input_of
+from vmm.guest.views import KEYS as _VIEWS_KEYS
+from vmm.guest.views import PLAIN, ViewsSpec, views_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,7 +89,7 @@ _POLICY_KEYS: Final = ("reads", "writes", "code", "coherence", "wx", "tlb")
 _FLAWS_LIMIT: Final = 1024
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
-    *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "ept", "end", "limits"),
+    *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "ept", "views", "end", "limits"),
     *("console", "input", "clock", "ipi", "workpiece", "hidden"),
 )
 
@@ -239,6 +242,7 @@ class Manifest:
     summary: str = ""
     policy: Policy = Policy()
     ept: EptProfile = PROFILES["default"]
+    views: ViewsSpec = PLAIN
     ept_maps: tuple[EptMap, ...] = ()
     console: Console = Console()
     input: InputSpec | None = None
@@ -305,6 +309,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
     cpu = _cpu(top.table("cpu", _CPU_KEYS, _CPU_HINTS), machine, image)
     end = _end(top.table("end", ("port", "value", "halt")))
     paging = _paging(top, machine, cpu)
+    others = _others(top, machine, cpu)
     console = _console(top.table("console", ("port",)), end)
     ept = top.table("ept", _EPT_KEYS)
     profile = ept_of(ept)
@@ -323,12 +328,13 @@ def _manifest(top: Table, path: Path) -> Manifest:
         policy=policy,
         ept=profile,
         ept_maps=maps_of(ept, profile, machine.memory),
+        views=views_of(top.table("views", _VIEWS_KEYS), machine.memory, 1 + len(others), profile),
         console=console,
         input=input_of(top, path.parent, taken),
         clock=clock_of(top, taken),
         end=end,
         limits=_limits(top.table("limits", ("exits", "seconds"))),
-        others=_others(top, machine, cpu),
+        others=others,
         schedule=_schedule(top.table("schedule", ("seed", "quantum"))),
         ipi=ipi,
         workpiece=workpiece,

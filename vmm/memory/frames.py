@@ -41,13 +41,20 @@ class FrameState(enum.Enum):
 
 @define(slots=True, eq=False)
 class Frame:
-    """One frame. ``gpas`` are the pages that the EPT maps to it, ``linear`` the (CR3, GVA page) pairs seen."""
+    """One frame. ``gpas`` are the pages that the EPT maps to it, ``linear`` the (CR3, GVA page) pairs seen.
+
+    Where there are several EPT views, ``gpas`` hold in all of them but where one has such a page lead to another frame;
+    ``elsewhere`` are the (view, GPA) pairs that lead to this one.
+    """
 
     hpa: int
     state: FrameState = FrameState.DATA
     #: While the state is "stepping": the state to go back to.
     resting: FrameState = FrameState.DATA
+    #: While the state is "stepping": bits 2:0 of its EPT entries.
+    opened: int = 0
     gpas: list[int] = field(factory=list)
+    elsewhere: list[tuple[int, int]] = field(factory=list)
     linear: dict[tuple[int, int], None] = field(factory=dict)
     #: Contents when the window was opened.
     before: bytes = b""

@@ -7,6 +7,7 @@ the instruction that a refusal belongs to; ``refusals.py`` has the reasons for r
 
 from vmm.mmu.instruction import CurrentInstruction
 from vmm.mmu.refusals import (
+    ForbiddenStructure,
     GuestFault,
     LogFull,
     LogIsFull,
@@ -27,6 +28,7 @@ from vmm.mmu.translation import FetchSide, Mmu
 __all__ = [
     "CurrentInstruction",
     "FetchSide",
+    "ForbiddenStructure",
     "GuestFault",
     "LogFull",
     "LogIsFull",

@@ -154,6 +154,14 @@ class PagingStructureViolation(Exception):  # noqa: N818 - a guest-physical faul
         )
 
 
+class ForbiddenStructure(GuestError):  # noqa: N818 - says what happened
+    """The view of the EPT does not allow an access of event delivery; a VM exit is due."""
+
+    def __init__(self, violation: Violation, linear: int) -> None:
+        super().__init__(f"event delivery reaches GPA {violation.gpa:#x} (linear {linear:#x}), which the view forbids")
+        self.violation, self.linear = violation, linear
+
+
 class LogIsFull(PagingStructureViolation):
     """The EPT allows the access, but a flag would have to be set, and the page-modification log is full."""
 

@@ -153,7 +153,7 @@ class StepMemory:
     def _refuses_fetch(self, page: int, translation: Translation, leaf: int) -> bool:
         """Whether a page cannot be fetched, and is not code that is open for this very instruction."""
         executable = self._mmu.executable
-        opened = leaf & executable == executable or self._is_opened_code(leaf)
+        opened = leaf & executable == executable or self._is_opened_code(translation.gpa, leaf)
         if not opened and self._mmu.refuses(page, FETCH, translation, leaf):
             return True
         if leaf & HELD and not self._mmu.used(page, FETCH, translation.gpa, leaf):
@@ -163,8 +163,8 @@ class StepMemory:
     def _is_unjudged(self, page: int, access: int, gpa: int, leaf: int) -> bool:
         return self._mmu.judges and self._mmu.is_unjudged(self._control, page, access, gpa, leaf)
 
-    def _is_opened_code(self, leaf: int) -> bool:
-        if leaf in (0, MISCONFIGURED):
+    def _is_opened_code(self, gpa: int, leaf: int) -> bool:
+        if leaf in (0, MISCONFIGURED) or self._mmu.view.forbids(gpa, self._mmu.executable):
             return False
         frame = self._frames.at(leaf)
         return frame.state is FrameState.STEPPING and frame.resting not in _NOT_FETCHED

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Protocol
 
 from vmm.cpu.engine import READ, WRITE, R, W
-from vmm.ept import CLEAN, HELD, MISCONFIGURED, ExtendedPageTables
+from vmm.ept import CLEAN, HELD, MISCONFIGURED
 from vmm.ept.bits import ADDRESS_MASK
+from vmm.ept.views import View
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames
 from vmm.mmu.refusals import LogIsFull, PagingStructureViolation
@@ -35,18 +36,24 @@ class GuestStructures:
     walk as ``PagingStructureViolation``.
     """
 
-    def __init__(self, memory: GuestMemory, ept: ExtendedPageTables, frames: Frames, mmu: Mmu) -> None:
+    def __init__(self, memory: GuestMemory, view: View, frames: Frames, mmu: Mmu) -> None:
         #: What the EPT has to allow for any access.
-        self.needed: Final = R | W if ept.profile.accessed_dirty else R
+        self.needed: Final = R | W if view.ept.profile.accessed_dirty else R
         self._memory = memory
-        self._ept = ept
+        self._view = view
+        self._ept = view.ept
         self._frames = frames
         self._mmu = mmu
         #: While the VMM itself walks on the guest's behalf, paging structures in code frames may be read, and what
         #: the walk changes in them goes here.
         self._writer: StructureWriter | None = None
         #: As the processor, or setting no flags.
-        self._find = ept.translate
+        self._find = view.ept.translate
+
+    def use(self, view: View) -> None:
+        """Walk by another view from now on."""
+        self._view, self._ept = view, view.ept
+        self._select()
 
     def load(self, gpa: int, size: int) -> int:
         """A paging-structure entry."""
@@ -61,7 +68,7 @@ class GuestStructures:
     def compare_and_store(self, gpa: int, size: int, old: int, new: int) -> None:
         """Set accessed and dirty flags in a paging-structure entry."""
         leaf = self._ept.translate(gpa)
-        if not leaf & W and not self._reaches(leaf, WRITE):
+        if not leaf & W and not self._reaches(gpa, leaf, WRITE):
             raise PagingStructureViolation(gpa, WRITE, leaf, self.needed | W)
         hpa = leaf & ADDRESS_MASK | gpa & _OFFSET
         if int.from_bytes(self._memory.read(hpa, size), "little") != old:
@@ -77,17 +84,20 @@ class GuestStructures:
     @contextmanager
     def reached_by(self, writer: StructureWriter) -> Iterator[None]:
         """Let walks reach paging structures in code frames, with their updates going to ``writer``."""
-        before, self._writer, self._find = (self._writer, self._find), writer, self._ept.translate
-        if writer is NO_WRITER:
-            self._find = self._ept.look
+        before, self._writer = self._writer, writer
+        self._select()
         try:
             yield
         finally:
-            self._writer, self._find = before
+            self._writer = before
+            self._select()
+
+    def _select(self) -> None:
+        self._find = self._ept.look if self._writer is NO_WRITER else self._ept.translate
 
     def _admit(self, gpa: int, leaf: int) -> int:
         """The leaf for a read that the EPT does not simply allow; raises the violation."""
-        if leaf & self.needed != self.needed and not self._reaches(leaf, READ):
+        if leaf & self.needed != self.needed and not self._reaches(gpa, leaf, READ):
             raise PagingStructureViolation(gpa, READ, leaf, self.needed)
         if self._writer is NO_WRITER or not leaf & (CLEAN | HELD):
             return leaf
@@ -95,13 +105,15 @@ class GuestStructures:
             raise LogIsFull(gpa, READ, leaf, self.needed)
         return self._ept.dirty(gpa)
 
-    def _reaches(self, leaf: int, access: int) -> bool:
+    def _reaches(self, gpa: int, leaf: int, access: int) -> bool:
         """Whether a walk may reach a paging structure although the EPT does not allow it.
 
-        The VMM's own may, and any may read in a code frame that was made R-X for walks: with EPT accessed and dirty
-        flags that would be a violation each time.
+        The VMM's own may, within the limits of the view unless it only looks. Any may read in a code frame that was
+        made R-X for walks: with EPT accessed and dirty flags that would be a violation each time.
         """
         if not leaf or leaf == MISCONFIGURED:
+            return False
+        if self._writer is not NO_WRITER and self._view.forbids(gpa, W if access == WRITE else self.needed):
             return False
         return self._writer is not None or (access == READ and bool(leaf & R) and self._frames.at(leaf).readable)
 

@@ -14,9 +14,10 @@ from vmm.cpu.context import Context
 from vmm.cpu.engine import FETCH, READ, WRITE, Engine, R, W, X
 from vmm.cpu.free import FreeRunningEngine
 from vmm.decode import MAX_LENGTH, decode, operand_address
-from vmm.ept import CLEAN, HELD, MISCONFIGURED, ExtendedPageTables
+from vmm.ept import CLEAN, HELD, MISCONFIGURED
 from vmm.ept.bits import USER_EXECUTE
 from vmm.ept.qualification import advanced
+from vmm.ept.views import View
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames
 from vmm.mmu.refusals import (
@@ -78,7 +79,9 @@ def space_of(cr0: int, cr3: int) -> int:
 class Mmu:
     """Address translation for one vCPU, in whichever mode its control registers select."""
 
-    def __init__(self, memory: GuestMemory, ept: ExtendedPageTables, frames: Frames, context: Context) -> None:
+    def __init__(self, memory: GuestMemory, view: View, frames: Frames, context: Context) -> None:
+        #: The view of the EPT that the vCPU uses.
+        self.view = view
         #: Why the last fill was refused.
         self.refusal: Refusal | None = None
         #: Whether a W^X policy has to see each use of a permission to write or fetch before it is granted.
@@ -90,12 +93,12 @@ class Mmu:
         #: None where fetches reach what loads and stores reach, as on a coherent processor.
         self.fetch_side: FetchSide | None = None
         #: The guest's page tables, for its walks.
-        self.structures: Final = GuestStructures(memory, ept, frames, self)
+        self.structures: Final = GuestStructures(memory, view, frames, self)
         self._memory = memory
-        self._ept = ept
+        self._ept = view.ept
         self._frames = frames
         self._context = context
-        profile = ept.profile
+        profile = view.ept.profile
         #: What a fetch from a user-mode linear address needs (SDM vol. 3, 29.3.3.2).
         self._user_fetch = USER_EXECUTE if profile.mode_based_execute else X
         #: What a leaf has that any fetch is allowed from.
@@ -106,11 +109,20 @@ class Mmu:
         self._fixed: list[tuple[int, int, int]] = []
         self._fixed_pages: dict[int, list[int]] = {}
         self._fixed_walks: dict[tuple[int, int, bool], Translation] = {}
-        self._walks: Final = WalkCache(memory, ept)
+        self._walks: Final = WalkCache(memory, view.ept)
         #: Whether the paging mode has entries that walks can be remembered by.
         self._caches_walks = False
         self._mode_of: tuple[int, int, int] = (0, 0, 0)
         self._mode = PagingMode.of(0, 0, 0)
+
+    def use(self, view: View) -> None:
+        """Translate by another view from now on; the engines' TLBs are for the caller to flush."""
+        self.view = view
+        self._ept = view.ept
+        self.structures.use(view)
+        self._walks.use(view.ept)
+        self.forget_all_fetches()
+        self.frames_changed()
 
     # Fills
 
@@ -415,7 +427,7 @@ class Mmu:
     def _fixed_aliases(self, frame: Frame) -> list[int]:
         """The linear pages of a frame in the constant address space, ascending."""
         pages: set[int] = set()
-        for gpa in frame.gpas:
+        for gpa in {*frame.gpas, *(gpa for _, gpa in frame.elsewhere)}:
             candidates = (gva + gpa - start for gva, start, size in self._fixed if start <= gpa < start + size)
             pages.update(page for page in candidates if self.peek(page) == frame.hpa)
         self._fixed_pages[frame.hpa] = sorted(pages)

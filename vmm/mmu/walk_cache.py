@@ -29,8 +29,12 @@ class WalkCache:
 
     def __init__(self, memory: GuestMemory, ept: ExtendedPageTables) -> None:
         self._words: Final = memory.words
-        self._translate: Final = ept.translate
+        self._translate = ept.translate
         self._walks: Final[dict[Key, tuple[Translation, tuple[_Read, ...]]]] = {}
+
+    def use(self, ept: ExtendedPageTables) -> None:
+        """Walks are by another EPT from now on; what is remembered holds where that says the same."""
+        self._translate = ept.translate
 
     def find(self, key: Key) -> Translation | None:
         """The translation that a walk would give; None if that has to be found out."""

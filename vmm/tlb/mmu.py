@@ -22,7 +22,7 @@ from vmm.tlb.strict import StrictTlb
 
 if TYPE_CHECKING:
     from vmm.cpu.context import Context
-    from vmm.ept import ExtendedPageTables
+    from vmm.ept.views import View
     from vmm.memory import GuestMemory
     from vmm.memory.frames import Frames
     from vmm.mmu.translation import Control
@@ -53,14 +53,14 @@ class StrictMmu(Mmu):
     def __init__(
         self,
         memory: GuestMemory,
-        ept: ExtendedPageTables,
+        view: View,
         frames: Frames,
         context: Context,
         *,
         tlb: StrictTlb,
         number: int,
     ) -> None:
-        super().__init__(memory, ept, frames, context)
+        super().__init__(memory, view, frames, context)
         self.cached: Final = CachedMappings(vpid=number + 1)
         self._tlb = tlb
         tlb.processors.append(self.cached)

@@ -35,6 +35,7 @@ LABELS = {
     "modification": "cause",
     "injection": "type",
     "refusal": "rule",
+    "view": "event",
 }
 
 #: Kinds whose records carry fields beyond the ones listed.

@@ -25,6 +25,7 @@ from vmm.exits import (
     RefusedAccess,
     StaleExecution,
     StaleTranslation,
+    ViewEvent,
 )
 from vmm.guest.files import one_line
 from vmm.memory import PAGE
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 _BYTES_SHOWN: Final = 16
 _ADDRESSES_SHOWN: Final = 4
 #: Fields that make two records of one type different for the eye.
-_SHAPE: Final = ("rip", "qualification", "vector", "cause", "event", "before", "after", "rule", "access", "vcpu")
+_SHAPE: Final = (
+    *("rip", "qualification", "vector", "cause", "event", "before", "after", "rule", "access", "view", "vcpu"),
+)
 _VECTORS: Final = frozenset(Vector)
 
 
@@ -125,7 +128,8 @@ def _hex(data: bytes) -> str:
 
 def _violation(record: EptViolation, names: Names) -> Line:
     words = str(Qualification.decode(record.qualification))
-    what = f"{words}: {names.memory(record.gpa, record.gva)}"
+    view = "" if record.view is None else f" in view {record.view}"
+    what = f"{words}{view}: {names.memory(record.gpa, record.gva)}"
     return Line("EPT_VIOLATION", names.code(record.rip), what, Style.TRAP)
 
 
@@ -180,6 +184,16 @@ def _stale_translation(record: StaleTranslation, names: Names) -> Line:
 def _frame(record: FrameEvent, names: Names) -> Line:
     what = f"{record.gpa:#x}: {record.before} -> {record.after} ({record.cause})"
     return Line("frame", names.code(names.linked(record.gpa)), what, Style.QUIET)
+
+
+def _view(record: ViewEvent, names: Names) -> Line:
+    where = "" if record.rip is None else names.code(record.rip)
+    what = f"view {record.view} {record.event}"
+    if record.gpa is not None and record.size is not None:
+        lot = f"{record.size:#x} bytes at {names.memory(record.gpa, None)}"
+        done = f"at most {record.access}" if record.target is None else f"lead to {names.memory(record.target, None)}"
+        what = f"{what}: {lot} {done}"
+    return Line("view", where, f"{what} by {record.cause.replace('vmfunc', 'VMFUNC')}", Style.EVENT)
 
 
 def _refusal(record: RefusedAccess, names: Names) -> Line:
@@ -238,6 +252,7 @@ _RENDERERS: Final[dict[type[Record], Callable[[Any, Names], Line]]] = {
     Cpuid: _cpuid,
     FrameEvent: _frame,
     RefusedAccess: _refusal,
+    ViewEvent: _view,
     BlockEvent: _block,
     StaleExecution: _stale,
     StaleTranslation: _stale_translation,

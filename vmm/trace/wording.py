@@ -17,6 +17,8 @@ _BARE: Final = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 #: What no line names: the kind stands in front, an exit's number follows from its reason, and only a trace numbers
 #: its records.
 _IMPLIED: Final = frozenset({"kind", "number", "seq"})
+#: Fields that records have only where there are several vCPUs, or views.
+_WHERE_SEVERAL: Final = frozenset({"vcpu", "view"})
 _SMALL: Final = 10
 
 
@@ -56,7 +58,7 @@ def _absent(record: Json, schema: Schema) -> str:
     """Conditions that the fields which an exit leaves out are left out."""
     reason = record.get("reason") if record.get("kind") == "exit" else None
     fields = schema.exits.get(reason, {}) if isinstance(reason, str) else {}
-    return "".join(f" {name}=none" for name in fields if name not in record and name != "vcpu")
+    return "".join(f" {name}=none" for name in fields if name not in record and name not in _WHERE_SEVERAL)
 
 
 def quoted(text: str) -> str:

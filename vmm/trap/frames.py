@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from vmm.ept import ExtendedPageTables, Permission
+from vmm.ept import Permission
 from vmm.ept.sub_pages import SubPageTable
+from vmm.ept.views import Views
 from vmm.errors import InvariantError
 from vmm.exits import FrameEvent
 from vmm.memory import PAGE, GuestMemory
-from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.memory.frames import Frame, FrameState
 from vmm.reporter import Reporter
 from vmm.translation import BlockCache
 
@@ -28,15 +29,15 @@ class FrameControl:
 
     ``home`` gives the place that code in a twin of memory was copied from. ``flush`` makes every engine forget its
     cached address translations, ``window_closed`` journals what was written through a window. With ``check`` the rules
-    are verified after every transition: no host page writable and executable through any GPA, no writable frame with
-    live blocks but the one being stepped over, counters that add up. Raises ``InvariantError`` if one is broken.
+    are verified after every transition: no host page writable and executable through whichever GPAs and views, no
+    writable frame with live blocks but the one being stepped over, counters that add up. Raises ``InvariantError`` if
+    one is broken.
     """
 
     def __init__(
         self,
         memory: GuestMemory,
-        ept: ExtendedPageTables,
-        frames: Frames,
+        views: Views,
         blocks: BlockCache,
         *,
         home: Callable[[int], int],
@@ -48,8 +49,8 @@ class FrameControl:
         #: What is executed of frames with hidden patches; None where there is none.
         self.hidden: HiddenCode | None = None
         self._memory = memory
-        self._ept = ept
-        self._frames = frames
+        self._ept = views.all[0].ept
+        self._views = views
         self._blocks = blocks
         self._home = home
         self._flush = flush
@@ -60,7 +61,9 @@ class FrameControl:
         self.invalidate: Callable[[int], None] | None = None
 
     def permissions(self, frame: Frame) -> Permission:
-        """What the EPT allows in the frame's state, when no step is under way."""
+        """What the EPT allows in the frame's state."""
+        if frame.state is FrameState.STEPPING:
+            return Permission(frame.opened)
         if frame.state is FrameState.DATA or frame.state is FrameState.WINDOW:
             return Permission.R if frame.guarded else RW
         executable_only = self._ept.profile.capabilities.execute_only and not frame.readable
@@ -69,10 +72,6 @@ class FrameControl:
     def host_of(self, gpa: int) -> int | None:
         """The host page that a GPA leads to, even if the EPT allows nothing there; None without memory."""
         return self._ept.host_page(gpa)
-
-    def can_allow(self, gpa: int, needed: int) -> bool:
-        """Whether changing the entry that maps a GPA can allow what is needed (bits 2:0 and 10 of an entry)."""
-        return needed & ~self._ept.allowed_above(gpa) == 0
 
     def shares_block(self, frame: Frame, hpa: int) -> bool:
         """Whether a live block that holds the byte at ``hpa`` has bytes in the frame."""
@@ -114,6 +113,7 @@ class FrameControl:
         """Flip a frame for the length of one instruction: readable, or readable and writable, never X."""
         if frame.state is not FrameState.STEPPING:
             frame.resting, frame.state = frame.state, FrameState.STEPPING
+        frame.opened = int(permissions)
         self._protect(frame, permissions)
         self._verify(frame)
 
@@ -148,7 +148,7 @@ class FrameControl:
             self.move(frame, FrameState.DATA, "host")
         elif (permissions & Permission.X or user_execute) and not self._is_code(frame):
             self.move(frame, FrameState.CODE, "host")
-        self._ept.protect(gpa, permissions, user_execute=user_execute)
+        self._views.protect(frame, permissions, [gpa], user_execute=user_execute)
         if invalidate and self.invalidate is not None:
             self.invalidate(gpa)
         frame.overridden = True
@@ -168,8 +168,7 @@ class FrameControl:
 
     def _guard(self, frame: Frame, *, guarded: bool) -> None:
         frame.guarded = guarded
-        for gpa in frame.gpas:
-            self._ept.guard_sub_pages(gpa, guarded=guarded)
+        self._views.guard_sub_pages(frame)
 
     @staticmethod
     def _is_code(frame: Frame) -> bool:
@@ -180,23 +179,23 @@ class FrameControl:
             self._reporter.emit(FrameEvent(frame.gpas[0], before, after, cause))
 
     def _protect(self, frame: Frame, permissions: Permission) -> None:
-        for gpa in frame.gpas:
-            self._ept.protect(gpa, permissions)
-            if self.invalidate is not None:
+        self._views.protect(frame, permissions)
+        if self.invalidate is not None:
+            for gpa in frame.gpas:
                 self.invalidate(gpa)
 
     def _verify(self, frame: Frame) -> None:
         if self._check:
-            verify_frame(self._ept, self._blocks, frame)
+            verify_frame(self._views, self._blocks, frame)
 
 
-def verify_frame(ept: ExtendedPageTables, blocks: BlockCache, frame: Frame) -> None:
-    """Check the rules for one frame; raises ``InvariantError``."""
+def verify_frame(views: Views, blocks: BlockCache, frame: Frame) -> None:
+    """Check the rules for one frame, through every GPA in every view; raises ``InvariantError``."""
     union = Permission.NONE
-    for gpa in frame.gpas:
-        entry = ept.entry(gpa)
+    for view, gpa in views.places(frame):
+        entry = view.ept.entry(gpa)
         union |= entry.permissions
-        if entry.user_execute and ept.profile.mode_based_execute:
+        if entry.user_execute and view.ept.profile.mode_based_execute:
             union |= Permission.X
     if union & Permission.W and union & Permission.X:
         raise InvariantError(f"frame {frame.hpa:#x} is writable and executable ({union}) in state {frame.state}")

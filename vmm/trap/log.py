@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from attrs import define
 
-from vmm.ept import ExtendedPageTables, PageModificationLog
+from vmm.ept import PageModificationLog
 from vmm.ept.log import FIRST_INDEX
+from vmm.ept.views import Views
 from vmm.exits import ExitReason, LogEntry, PageModificationLogFull
 from vmm.reporter import Reporter
 
@@ -17,7 +18,7 @@ class LogKeeper:
     """Reads the page-modification log. ``flush`` makes every engine forget its address translations."""
 
     log: PageModificationLog
-    ept: ExtendedPageTables
+    views: Views
     reporter: Reporter
     flush: Callable[[], None]
 
@@ -34,8 +35,9 @@ class LogKeeper:
         self.report()
         self.log.index = FIRST_INDEX
         if clean:
-            for gpa in pages:
-                self.ept.clean(gpa)
+            for view in self.views.all:
+                for gpa in pages:
+                    view.ept.clean(gpa)
             self.flush()
         return pages
 

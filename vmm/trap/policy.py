@@ -34,13 +34,14 @@ from vmm.exits import EptViolation, ExitReason, Mtf
 from vmm.memory import PAGE
 from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.mmu import CurrentInstruction, Mmu, Unjudged, Violation, Watched
-from vmm.mmu.refusals import Refusal
+from vmm.mmu.refusals import PagingStructureViolation, Refusal
 from vmm.reporter import Reporter
 from vmm.trap.door import Door, SealedFrame
 from vmm.trap.frames import FrameControl
 from vmm.trap.guard import StepGuard
-from vmm.trap.refusal import Refusals
+from vmm.trap.refusal import GENERAL_PROTECTION, Refusals
 from vmm.trap.sub_pages import SubPages
+from vmm.trap.virtualization import VIRTUALIZATION_EXCEPTION, VirtualizationExceptions
 
 if TYPE_CHECKING:
     from vmm.monitors.watcher import Watcher
@@ -75,8 +76,8 @@ class UnmappedAccess(Exception):  # noqa: N818 - for the processor, which ends t
         self.violation = violation
 
 
-class DeniedAbove(UnmappedAccess):
-    """An EPT entry above the page's own forbids the access: only whoever wrote it can mend that."""
+class DeniedAccess(UnmappedAccess):
+    """A view, or an EPT entry above the page's own, forbids the access: only whoever wanted that can mend it."""
 
 
 @define(slots=True)
@@ -94,6 +95,10 @@ class Trap:
     refusals: Refusals
     #: Under strict staleness told of each stepped instruction: what it may have written, from before, and its address.
     stepped: Callable[[Mapping[int, bytes], int], None] | None = None
+    #: None on a processor without EPT-violation #VE.
+    exceptions: VirtualizationExceptions | None = None
+    #: Whether what a view forbids, and no handler wants, becomes a #GP of the guest instead of the end of the run.
+    denials_fault: bool = False
     #: Judges stores to guarded frames; None without sub-page write permissions.
     sub_pages: SubPages | None = None
     #: Tells monitors of what instructions do; None while there are none.
@@ -110,6 +115,8 @@ class Trap:
         decision = self._report(violation, modifies=self._modifies(violation))
         if decision is not None:
             return decision if isinstance(decision, Event) else None
+        if self.denials_fault and self.is_denied(violation):
+            return GENERAL_PROTECTION
         frame = self._frame_of(violation)
         if violation.access == FETCH:
             return self._fetched(frame, violation)
@@ -119,6 +126,10 @@ class Trap:
             self.control.grant_reads(frame, "code read")
             return None
         return self._open_window(frame, violation)
+
+    def is_denied(self, violation: Violation) -> bool:
+        """Whether a view is against an access, whatever the state of the frame."""
+        return self.mmu.view.forbids(violation.gpa, violation.needed)
 
     def answer_use(self, use: Unjudged) -> Event | Stop | None:
         """Answer the first use of a permission under a W^X policy; as ``answer``."""
@@ -195,6 +206,8 @@ class Trap:
         decision = self._report(violation, modifies=modifies)
         if decision is not None:
             return decision if isinstance(decision, Event) else Stop.ASKED
+        if self.denials_fault and self.is_denied(violation):
+            return GENERAL_PROTECTION
         frame = self._frame_of(violation)
         writes = violation.access == WRITE or modifies
         if violation.access == FETCH:
@@ -224,12 +237,12 @@ class Trap:
         host = self._host_of(violation)
         if host is None:
             raise UnmappedAccess(violation)
-        if not self.control.can_allow(violation.gpa, violation.needed):
-            raise DeniedAbove(violation)
+        if not self.mmu.view.can_allow(violation.gpa, violation.needed):
+            raise DeniedAccess(violation)
         return self.frames.at(host)
 
     def _host_of(self, violation: Violation) -> int | None:
-        return violation.leaf or self.control.host_of(violation.gpa)
+        return violation.leaf or self.mmu.view.ept.host_page(violation.gpa)
 
     # Answers
 
@@ -252,6 +265,8 @@ class Trap:
                 self.mmu.walk_again(violation.page)
         except SealedFrame as sealed:
             return self.refusals.of_walk(sealed.gpa)
+        except PagingStructureViolation:
+            return None  # by another entry: the guest's own walk will come to it
         return None
 
     def _wants_window(self, frame: Frame) -> bool:
@@ -301,10 +316,22 @@ class Trap:
         return self._modifies(violation) and self.mmu.forbids_write(violation.page)
 
     def _report(self, violation: Violation, *, modifies: bool) -> Event | bool | None:
-        """Count the exit and show it; what a handler decides."""
+        """Count the exit and show it; what a handler decides. Or a #VE, which is no exit."""
+        exceptions = self.exceptions
+        if exceptions is not None and exceptions.converts(violation):
+            exceptions.save(*self._facts(violation, modifies=modifies))
+            self.reporter.charge()
+            return VIRTUALIZATION_EXCEPTION
         self.reporter.count(ExitReason.EPT_VIOLATION)
         if not self.reporter.observed:
             return None
+        qualification, gpa, gva = self._facts(violation, modifies=modifies)
+        exit_ = EptViolation(self.instruction.pc, qualification, gpa, gva, self.mmu.view.shown)
+        decision = self.reporter.exit(exit_)
+        return True if self.reporter.stopped else decision
+
+    def _facts(self, violation: Violation, *, modifies: bool) -> tuple[int, int, int]:
+        """Exit qualification, guest-physical and guest-linear address."""
         access = violation.access if violation.linear_access is None else violation.linear_access
         address = self.instruction.faulting_address(violation.page, access)
         both = violation.updates or (violation.final and self._is_of_modification(violation, address))
@@ -317,7 +344,4 @@ class Trap:
             advanced=violation.advanced,
         )
         offset = address & PAGE - 1 if violation.final else 0
-        decision = self.reporter.exit(
-            EptViolation(rip=self.instruction.pc, qualification=qualification, gpa=violation.gpa + offset, gva=address)
-        )
-        return True if self.reporter.stopped else decision
+        return qualification, violation.gpa + offset, address

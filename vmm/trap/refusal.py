@@ -29,7 +29,8 @@ from vmm.reporter import Reporter
 from vmm.trap import wx
 from vmm.trap.wx import Finding
 
-_GENERAL_PROTECTION: Final = Event(Vector.GP, EventType.HARDWARE_EXCEPTION, 0)
+#: What the guest gets for an access that is refused for good.
+GENERAL_PROTECTION: Final = Event(Vector.GP, EventType.HARDWARE_EXCEPTION, 0)
 _SEAL: Final = Finding("seal")
 _ACCESSES: Final = {WRITE: "write", FETCH: "fetch"}
 
@@ -75,14 +76,14 @@ class Refusals:
     def of_walk(self, gpa: int) -> Event | Stop:
         """Refuse the accessed or dirty flag that a page walk would set in an entry in a sealed frame."""
         self._report(_SEAL, WRITE, gpa, None)
-        return _GENERAL_PROTECTION
+        return GENERAL_PROTECTION
 
     def of_delivery(self, hpa: int, gpa: int, gva: int, *, user: bool) -> Event | Stop | None:
         """Judge what event delivery pushes, as the store that it is."""
         frame = self.frames.at(hpa)
         if frame.state is FrameState.SEALED:
             self._report(_SEAL, WRITE, gpa, gva)
-            return _GENERAL_PROTECTION
+            return GENERAL_PROTECTION
         root, page = space_of(self.context.cr0, self.context.cr3), gva & -PAGE
         if not self.keeps_wx or (root, page, WRITE) in frame.judged:
             return None
@@ -102,7 +103,7 @@ class Refusals:
     def _answer(self, found: Finding, access: int, gpa: int, gva: int, *, user: bool) -> Event | Stop:
         self._report(found, access, gpa, gva)
         if found is _SEAL:
-            return _GENERAL_PROTECTION
+            return GENERAL_PROTECTION
         if self.answer == "stop":
             detail = {"rule": found.rule, "access": _ACCESSES[access], "gpa": gpa, "gva": gva}
             self.finish("W^X violation", detail)

@@ -9,12 +9,11 @@ from attrs import define
 
 from vmm.cpu.engine import WRITE, R, Stop, W
 from vmm.cpu.events import Event
-from vmm.ept import ExtendedPageTables
 from vmm.ept.bits import SUB_PAGE_WRITE
 from vmm.ept.sub_pages import SUB_PAGE, SubPageTable, SubPageVerdict
 from vmm.exits import ExitReason, Json, SppEvent
 from vmm.memory import PAGE
-from vmm.mmu import CurrentInstruction, Violation
+from vmm.mmu import CurrentInstruction, Mmu, Violation
 from vmm.reporter import Reporter
 
 _MISS: Final = 1 << 11
@@ -24,7 +23,7 @@ _MISS: Final = 1 << 11
 class SubPages:
     """Judges stores of one vCPU to pages whose EPT entry allows reads, no writes, and has the sub-page bit set."""
 
-    ept: ExtendedPageTables
+    mmu: Mmu
     table: SubPageTable
     instruction: CurrentInstruction
     reporter: Reporter
@@ -39,7 +38,7 @@ class SubPages:
         """
         if violation.access != WRITE or not violation.final or violation.leaf & (R | W) != R:
             return None
-        level, entry = list(self.ept.entries(violation.gpa))[-1]
+        level, entry = list(self.mmu.view.ept.entries(violation.gpa))[-1]
         if level != 1 or not entry & SUB_PAGE_WRITE:
             return None
         verdict = None
