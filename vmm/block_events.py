@@ -11,6 +11,7 @@ from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames
 from vmm.pace import places, width
 from vmm.reporter import Reporter
+from vmm.tlb.strict import changes_mappings
 from vmm.translation import Auditor, Block, BlockCache, Span
 from vmm.vcpu import VirtualCpu
 
@@ -18,7 +19,8 @@ from vmm.vcpu import VirtualCpu
 class BlockEvents:
     """Takes each new translation of a vCPU into the block cache; follows block entries where somebody wants that.
 
-    ``step_over`` has a block stepped that the engine would execute wrongly, or that synchronises.
+    ``step_over`` has a block stepped that the engine would execute wrongly, that is monitored, or in which an
+    instruction has to be noticed.
     """
 
     def __init__(
@@ -31,6 +33,8 @@ class BlockEvents:
         audit: bool,
     ) -> None:
         self.auditor = Auditor(blocks, memory.read, vcpu.number)
+        #: Whether a block holds monitored code, by its places; None while nobody monitors code.
+        self.is_monitored: Callable[[tuple[Span, ...]], bool] | None = None
         self._vcpu = vcpu
         self._memory = memory
         self._blocks = blocks
@@ -50,18 +54,22 @@ class BlockEvents:
         block = blocks.create(gva, spans, mode_flags, mode, code, self._vcpu.number)
         if blocks.overfull or not blocks.holds(block):
             free.ask_to_stop()
-        cause = self._reason_to_step(code, mode)
+        cause = self._reason_to_step(code, mode, spans)
         if cause:
             self._step_over(spans, cause)
             free.ask_to_stop()
 
-    def _reason_to_step(self, code: bytes, mode: str) -> str:
+    def _reason_to_step(self, code: bytes, mode: str, spans: tuple[Span, ...]) -> str:
         """Why the engine must not execute a block by itself; empty if it may."""
         if block_is_affected(code, 64 if mode == "long" else 32):
             return "engine defect"
+        if self.is_monitored is not None and self.is_monitored(spans):
+            return "monitor"
         view = self._vcpu.view
         if view is not None and view.sanitizer.wants_steps(code, width(mode)):
             return "synchronises"
+        if self._vcpu.strict and changes_mappings(code, width(mode)):
+            return "invalidates translations"
         return ""
 
     def _completed(self, block: Block, count: int) -> None:

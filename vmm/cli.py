@@ -125,6 +125,7 @@ def guests(*, as_json: bool) -> None:
 @click.option("--no-traps", is_flag=True, help="Trap nothing and execute one instruction at a time: an oracle (slow).")
 @click.option("--blocks", is_flag=True, help="Record every translated block that is made or dropped.")
 @click.option("--wx", type=click.Choice(["off", "fault", "stop"]), help="W^X policy instead of the manifest's.")
+@click.option("--tlb", type=click.Choice(["loose", "strict"]), help="TLB policy instead of the manifest's.")
 @click.option("--seconds", type=float, metavar="S", help="Time limit instead of the manifest's.")
 @click.option("--capacity", type=int, metavar="N", help="How many translated blocks are kept.")
 @click.option("--input", metavar="FILE", help="What the guest reads at its input port; - is standard input.")

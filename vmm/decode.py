@@ -115,6 +115,8 @@ class Decoded:
     correction: bytes = b""
     #: Whether it is a string instruction with a REP prefix.
     repeats: bool = False
+    #: Whether it is a MOV to CR3.
+    loads_cr3: bool = False
 
     def modifies(self, address: int, locate: Callable[[MemoryOperand], int]) -> bool:
         """Whether it reads and writes the memory at a linear address (read-modify-write)."""
@@ -127,6 +129,11 @@ class Decoded:
     def is_hlt(self) -> bool:
         """Whether it is HLT."""
         return self.mnemonic == Mnemonic.HLT
+
+    @property
+    def is_invlpg(self) -> bool:
+        """Whether it is INVLPG, whose operand is an address that it does not access."""
+        return self.mnemonic == Mnemonic.INVLPG
 
     @property
     def is_int1(self) -> bool:
@@ -158,6 +165,8 @@ def decode(code: bytes, bits: int) -> Decoded:
         for used in info.used_memory()
         if used.access not in (OpAccess.NO_MEM_ACCESS, OpAccess.NONE)
     )
+    if instruction.mnemonic == Mnemonic.INVLPG:
+        operands = (_named(instruction, bits),)
     far = instruction.mnemonic not in (Mnemonic.MOV, Mnemonic.POP, Mnemonic.CALL, Mnemonic.JMP)
     loads_segment = any(
         RegisterExt.is_segment_register(instruction.op_register(i)) for i in range(instruction.op_count)
@@ -171,6 +180,7 @@ def decode(code: bytes, bits: int) -> Decoded:
         changes_mappings=instruction.mnemonic in _MAPPING_CHANGERS
         or (instruction.op_count > 0 and Register.CR0 <= instruction.op_register(0) <= Register.CR15),
         repeats=_repeats(instruction),
+        loads_cr3=instruction.mnemonic == Mnemonic.MOV and instruction.op0_register == Register.CR3,
         correction=corrected(code, bits),
     )
 
@@ -202,6 +212,25 @@ def _operand(instruction: Instruction, used: object, bits: int) -> MemoryOperand
         writes=used.access in _WRITES,  # type: ignore[attr-defined]
         index_mask=0xFF if index == Register.AL else 0xFFFF_FFFF_FFFF_FFFF,
         bit_offset=_gpr(instruction.op1_register) if instruction.mnemonic in _BIT_STRINGS else None,
+    )
+
+
+def _named(instruction: Instruction, bits: int) -> MemoryOperand:
+    """The operand of an instruction that names memory and does not access it."""
+    base, index = instruction.memory_base, instruction.memory_index
+    wide = RegisterExt.size(base if base != Register.NONE else index)
+    size = 8 * (wide or instruction.memory_displ_size or bits // 8)
+    return MemoryOperand(
+        segment=_SEGMENTS.get(instruction.memory_segment, 3),
+        base=None if base in _IP else _gpr(base),
+        index=_gpr(index),
+        scale=instruction.memory_index_scale,
+        displacement=instruction.memory_displacement,
+        from_ip=instruction.is_ip_rel_memory_operand,
+        mask=(1 << size) - 1,
+        size=0,
+        reads=False,
+        writes=False,
     )
 
 

@@ -468,6 +468,39 @@ class StaleExecution(Record):
 
 
 @frozen(slots=True)
+class StaleTranslation(Record):
+    """An access was allowed, or went where it went, only because a translation was cached (strict staleness).
+
+    ``access`` is "read", "write" or "fetch" by the instruction at ``rip`` to ``gva``, which reached ``gpa``. ``entry``
+    names the paging-structure entry that has changed since ("PTE", "EPT PTE", …), ``place`` is its GPA, or for an EPT
+    entry the first GPA that it translates; ``old`` is what was cached of it, ``new`` what it is. ``writer`` is the
+    instruction that changed it last (None: the host), ``writer_vcpu`` the vCPU at work then, ``time`` how many exits
+    there had been; the last two are None if that is not known any more. ``missing`` is the instruction that should
+    have followed: "INVLPG" or "INVEPT".
+    """
+
+    kind: ClassVar[str] = "stale_translation"
+
+    rip: int
+    access: str
+    gva: int
+    gpa: int
+    entry: str
+    place: int
+    old: int
+    new: int
+    writer: int | None
+    writer_vcpu: int | None
+    time: int | None
+    missing: str
+
+    def _fields(self) -> Json:
+        names = ("rip", "access", "gva", "gpa", "entry", "place", "old", "new")
+        authors = ("writer", "writer_vcpu", "time", "missing")
+        return {"kind": self.kind, **{name: getattr(self, name) for name in (*names, *authors)}}
+
+
+@frozen(slots=True)
 class End(Record):
     """How the run ended. ``detail`` carries what the reason defines (port and value, for one)."""
 

@@ -10,7 +10,7 @@ from attrs import frozen
 from vmm.errors import OptionError
 from vmm.guest.loader import load_guest
 from vmm.machine import Machine, RunOptions
-from vmm.outcome import judge
+from vmm.outcome import Status, judge
 from vmm.printed import hear_text
 from vmm.script_actions import ScriptRun
 from vmm.state_file import MemoryRange, state_of
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from vmm.exits import Record
+    from vmm.exits import End, Record
     from vmm.guest.loader import Guest
     from vmm.trace.report import Divergence
 
@@ -78,13 +78,19 @@ def run(
     with machine:
         end = machine.run()
     return GuestRun(
-        status=int(judge(guest.manifest, end, stale=0 if scripted else machine.stale).status),
+        status=int(_judge(machine, end, scripted=scripted is not None)),
         end=end.to_json(),
         records=tuple(records),
         state=state_of(machine, end, ranges),
         console="".join(printed),
         divergence=None if scripted is None else scripted.finish().divergence,
     )
+
+
+def _judge(machine: Machine, end: End, *, scripted: bool) -> Status:
+    """What a run without a script makes of stale code and stale translations; a script has the say."""
+    stale, translations = (0, 0) if scripted else (machine.stale, machine.stale_translations)
+    return judge(machine.guest.manifest, end, stale=stale, translations=translations).status
 
 
 def _script(guest: Guest, expect: str | Path | None, text: str | None) -> Script | None:

@@ -15,6 +15,7 @@ from vmm.inputs import Alias, Approve, Inputs, Protect, ProtectSubPages, Seal, W
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.mmu import Mmu
+from vmm.tlb import StrictTlb
 from vmm.translation import BlockCache
 from vmm.trap.door import Door
 from vmm.trap.frames import FrameControl
@@ -43,18 +44,23 @@ class HostMemory:
     keeps_wx: bool
     current: Callable[[], Mmu]
     flush: Callable[[], None]
+    #: Strict staleness, None without it.
+    tlb: StrictTlb | None = None
 
     def read(self, gpa: int, size: int) -> bytes:
         """See ``Machine.read``."""
-        return b"".join(self.memory.read(hpa, length) for hpa, _, length in self._places(gpa, size))
+        return b"".join(self.memory.read(hpa, length) for hpa, _, length in self.places(gpa, size))
 
     def write(self, gpa: int, data: bytes) -> None:
         """See ``Machine.write``."""
-        places = self._places(gpa, len(data))
+        places = self.places(gpa, len(data))
         self._refuse_sealed(places, "write")
         pieces = [(hpa, where, data[where - gpa : where - gpa + length]) for hpa, where, length in places]
         with self.inputs.during(Write(gpa, data)):
+            before = {} if self.tlb is None else self.tlb.snapshot(hpa for hpa, _, _ in places)
             self.door.write(pieces, cause="host", mmu=self.current())
+            if self.tlb is not None:
+                self.tlb.written(before, None)
             if any(self.frames.is_system(hpa) for hpa, _, _ in places):
                 for vcpu in self.vcpus:
                     vcpu.mmu.tables_changed()
@@ -65,7 +71,7 @@ class HostMemory:
         if (gpa | target | size) % PAGE or not 0 <= gpa <= gpa + size <= GPA_LIMIT:
             what = f"{size:#x} bytes at GPA {gpa:#x} for {target:#x}"
             raise OptionError(what, where="alias", fix="give multiples of 4096 below 2^48")
-        places = self._places(target, size)
+        places = self.places(target, size)
         for page in range(gpa, gpa + size, PAGE):
             before = self.control.host_of(page)
             if before is None:
@@ -83,7 +89,15 @@ class HostMemory:
                 vcpu.mmu.frames_changed()
             self.flush()
 
-    def protect(self, gpa: int, size: int, access: Permission, *, user_execute: bool | None = None) -> None:
+    def protect(
+        self,
+        gpa: int,
+        size: int,
+        access: Permission,
+        *,
+        user_execute: bool | None = None,
+        invalidate: bool = True,
+    ) -> None:
         """See ``Machine.protect``."""
         executable = bool(access & Permission.X or user_execute)
         if access & Permission.W and executable:
@@ -91,15 +105,19 @@ class HostMemory:
         if user_execute is not None and not self.views.all[0].ept.profile.mode_based_execute:
             fix = "give a profile with mode_based_execute"
             raise OptionError("fetches from user-mode addresses cannot be told from others", where="protect", fix=fix)
-        places = self._places(gpa & -PAGE, size + gpa % PAGE)
+        places = self.places(gpa & -PAGE, size + gpa % PAGE)
         if access & Permission.W:
             self._refuse_sealed(places, "protect")
         if executable and self.keeps_wx:
             self._refuse_unapproved(places)
-        with self.inputs.during(Protect(gpa, size, access, user_execute)):
+        with self.inputs.during(Protect(gpa, size, access, user_execute, invalidate)):
             for hpa, where, _ in places:
-                self.control.protect(self.frames.at(hpa), access, where & -PAGE, user_execute=user_execute)
-            self.flush()
+                frame, page = self.frames.at(hpa), where & -PAGE
+                self.control.protect(frame, access, page, user_execute=user_execute, invalidate=invalidate)
+                if not invalidate and self.tlb is not None:
+                    self.tlb.ept_entry_changed("EPT PTE", page)
+            if invalidate:
+                self.flush()
 
     def protect_sub_pages(self, gpa: int, writable: int) -> None:
         """See ``Machine.protect_sub_pages``."""
@@ -110,7 +128,7 @@ class HostMemory:
         if gpa % PAGE or not 0 <= writable < 1 << SUB_PAGES:
             what = f"sub-pages {writable:#x} of GPA {gpa:#x}"
             raise OptionError(what, where="protect_sub_pages", fix="give a multiple of 4096, and 32 bits")
-        places = self._places(gpa, PAGE)
+        places = self.places(gpa, PAGE)
         self._refuse_sealed(places, "protect_sub_pages")
         with self.inputs.during(ProtectSubPages(gpa, writable)):
             self.control.protect_sub_pages(self.frames.at(places[0][0]), table, writable)
@@ -120,7 +138,7 @@ class HostMemory:
         """See ``Machine.approve``."""
         if not self.keeps_wx:
             raise OptionError("the run has no W^X policy", where="approve", fix="give [policy].wx or RunOptions.wx")
-        places = self._places(gpa, size)
+        places = self.places(gpa, size)
         with self.inputs.during(Approve(gpa, size)):
             for hpa, _, _ in places:
                 frame = self.frames.at(hpa)
@@ -129,7 +147,7 @@ class HostMemory:
 
     def seal(self, gpa: int, size: int) -> None:
         """See ``Machine.seal``."""
-        places = self._places(gpa, size)
+        places = self.places(gpa, size)
         with self.inputs.during(Seal(gpa, size)):
             for hpa, _, _ in places:
                 frame = self.frames.at(hpa)
@@ -147,6 +165,8 @@ class HostMemory:
             old.gpas.remove(gpa)
         frame.gpas.append(gpa)
         self.views.map(gpa, frame)
+        if self.tlb is not None:
+            self.tlb.invalidate_gpa(gpa)
 
     def _refuse_sealed(self, places: list[Place], what: str) -> None:
         for hpa, where, _ in places:
@@ -158,7 +178,7 @@ class HostMemory:
             if not is_approved(self.frames.at(hpa)):
                 raise OptionError(f"GPA {where:#x} is not approved", where="protect", fix="approve it first")
 
-    def _places(self, gpa: int, size: int) -> list[Place]:
+    def places(self, gpa: int, size: int) -> list[Place]:
         """Page by page; raises ``OptionError`` where nothing is mapped."""
         if size < 0:
             raise OptionError(f"a size of {size}", where="guest memory", fix="give 0 or more bytes")

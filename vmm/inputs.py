@@ -131,10 +131,41 @@ class Protect(Input):
     size: int
     access: Permission
     user_execute: bool | None = None
+    #: Whether what was cached was invalidated.
+    invalidate: bool = True
 
     def apply(self, machine: Machine) -> None:
         """Protect."""
-        machine.protect(self.gpa, self.size, self.access, user_execute=self.user_execute)
+        user, invalidate = self.user_execute, self.invalidate
+        machine.protect(self.gpa, self.size, self.access, user_execute=user, invalidate=invalidate)
+
+
+@frozen(slots=True)
+class Invept(Input):
+    """INVEPT by the host: of the EPT that ``eptp`` selects, None for all."""
+
+    name: ClassVar[str] = "invept"
+
+    eptp: int | None
+
+    def apply(self, machine: Machine) -> None:
+        """Invalidate."""
+        machine.invept(self.eptp)
+
+
+@frozen(slots=True)
+class Invvpid(Input):
+    """INVVPID by the host, of a type 0 to 3; ``vpid`` and ``linear`` as far as the type has them."""
+
+    name: ClassVar[str] = "invvpid"
+
+    type: int
+    vpid: int | None
+    linear: int | None
+
+    def apply(self, machine: Machine) -> None:
+        """Invalidate."""
+        machine.invvpid(self.type, vpid=self.vpid, linear=self.linear)
 
 
 @frozen(slots=True)
@@ -283,6 +314,50 @@ class Approve(Input):
 
 
 @frozen(slots=True)
+class Hide(Input):
+    """The host had ``data`` executed in place of what is at ``gpa``, by a hidden patch."""
+
+    name: ClassVar[str] = "hide"
+
+    gpa: int
+    data: bytes
+
+    def apply(self, machine: Machine) -> None:
+        """Hide it."""
+        machine.patch_hidden(self.gpa, self.data)
+
+
+@frozen(slots=True)
+class Reveal(Input):
+    """The host removed the hidden patch of this ``number``: how many there had been before it."""
+
+    name: ClassVar[str] = "reveal"
+
+    number: int
+
+    def apply(self, machine: Machine) -> None:
+        """Remove it."""
+        patches = machine.monitors.patches
+        if self.number >= len(patches):
+            raise OptionError(f"hidden patch {self.number}", where="reveal", fix="name one that there is")
+        patches[self.number].remove()
+
+
+@frozen(slots=True)
+class MonitorTrap(Input):
+    """The host switched the monitor trap flag of a vCPU."""
+
+    name: ClassVar[str] = "monitor_trap_flag"
+
+    vcpu: int
+    on: bool
+
+    def apply(self, machine: Machine) -> None:
+        """Switch it."""
+        machine.monitor_trap_flag(self.vcpu, on=self.on)
+
+
+@frozen(slots=True)
 class DrainLog(Input):
     """The host emptied the page-modification log, and if ``clean`` cleared the dirty flags of the pages in it."""
 
@@ -340,10 +415,13 @@ class Inputs:
         #: The registers that a handler may change: those of each vCPU.
         self.contexts: list[Context] = []
         self._depth = 0
+        self._unrepeatable = False
 
     def note(self, given: Input) -> None:
-        """An input is about to take effect."""
+        """An input is about to take effect; raises ``OptionError`` where a recording could not tell the place of it."""
         if self.listener is not None:
+            if self._unrepeatable:
+                raise _unrepeatable(given.name)
             self.listener(given, self._depth)
 
     @contextmanager
@@ -355,6 +433,16 @@ class Inputs:
             yield
         finally:
             self._depth -= 1
+
+    @contextmanager
+    def unrepeatable(self) -> Iterator[None]:
+        """Nothing may reach a machine that is recorded in the ``with`` block, which is at no record of the run."""
+        before, self._unrepeatable = self.registers(), True
+        try:
+            yield
+            self.registers_after(before)
+        finally:
+            self._unrepeatable = False
 
     def read(self, port: int, size: int, device: Device | None) -> int | None:
         """What an IN gets from outside; None if there is neither a device nor a recorded answer."""
@@ -381,6 +469,11 @@ class Inputs:
             changed = self.contexts[vcpu].changed_since(old)
             if changed:
                 self.note(SetRegisters(vcpu, changed))
+
+
+def _unrepeatable(what: str) -> OptionError:
+    where, fix = "what a monitor does", "only look, or record the run without it"
+    return OptionError(f"an input ({what}) at no record of the trace", where=where, fix=fix)
 
 
 # Trace lines
@@ -453,6 +546,7 @@ def _optional(read: Callable[[Any], T], value: object) -> T | None:
 
 _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "int": _number,
+    "int | None": lambda value: _optional(_number, value),
     "bool": _boolean,
     "tuple[int, ...]": _numbers,
     "bool | None": lambda value: _optional(_boolean, value),

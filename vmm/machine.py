@@ -15,6 +15,7 @@ from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Wor
 from vmm.devices.from_manifest import attach_inputs
 from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
 from vmm.ept import ExtendedPageTables, Permission
+from vmm.ept.bits import ADDRESS_MASK
 from vmm.ept.views import Views
 from vmm.errors import OptionError
 from vmm.exits import End, FrameEvent, Record
@@ -23,12 +24,15 @@ from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest, load_guest
 from vmm.guest.manifest import WorkpieceSpec
 from vmm.host_memory import HostMemory
+from vmm.host_monitors import HostMonitors
 from vmm.host_views import HostViews
-from vmm.inputs import Answer, DrainLog, Inject, Inputs, Interrupt, Stop
+from vmm.inputs import Answer, DrainLog, Inject, Inputs, Interrupt, Invept, Invvpid, MonitorTrap, Stop
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.monitors import HiddenPatch, Monitor
+from vmm.monitors.monitor import After, Before, Condition
 from vmm.pc import Pc
 from vmm.processor import Processor
 from vmm.reporter import E, Handler, Observer, Reporter
@@ -36,6 +40,7 @@ from vmm.run_loop import RunLoop
 from vmm.run_options import RunOptions, with_policy
 from vmm.run_state import RunState
 from vmm.scheduler import Scheduler
+from vmm.tlb import StrictTlb
 from vmm.translation import BlockCache
 from vmm.trap.door import Door
 from vmm.trap.frames import RW, RWX, FrameControl, verify_frame
@@ -88,6 +93,8 @@ class Machine:
             check=self.options.check,
         )
         self.state: Final = RunState(self.reporter, self._stop_engines)
+        #: Strict staleness (``docs/tlb.md``); None where translations are cached as it comes.
+        self.tlb: Final = self._make_tlb() if guest.manifest.policy.tlb == "strict" else None
         #: Watches for stale code under a weaker coherence model; None where code is coherent.
         self.sanitizer: Final = None if model is Coherence.COHERENT else self._make_sanitizer(model, len(state.cpus))
         #: The vCPUs, by number.
@@ -102,6 +109,7 @@ class Machine:
             self.vcpus,
             self._fields,
             keeps_wx=self.keeps_wx,
+            control=self.control,
             flush=self._flush,
         )
         self.inputs.contexts = [vcpu.context for vcpu in self.vcpus]
@@ -118,11 +126,14 @@ class Machine:
             keeps_wx=self.keeps_wx,
             current=lambda: self._current.mmu,
             flush=self._flush,
+            tlb=self.tlb,
         )
         #: How the run ended, once it has.
         self.end: End | None = None
         self._log: Final = self._keep_log()
         self._events: Final = [self._hear(processor) for processor in self.loop.processors]
+        #: Monitors and hidden patches (see ``monitor``, ``hook`` and ``patch_hidden``).
+        self.monitors: Final = HostMonitors(self, self._events, self._flush, self._forget_fetches)
         if self.options.block_events:
             self.blocks.observer = reporting(
                 self.frames, self.reporter, self.memory.home, several=self._several
@@ -244,6 +255,19 @@ class Machine:
         self.inputs.note(Interrupt(vector, vcpu))
         self._raise_interrupt(event.vector, vcpu)
 
+    def monitor_trap_flag(self, vcpu: int = 0, *, on: bool = True) -> None:
+        """Switch the "monitor trap flag" VM-execution control of a vCPU (SDM vol. 3, 26.5.2).
+
+        While it is on, the vCPU executes one instruction, or is delivered one event, at a time, with an ``Mtf`` exit
+        after each that no other exit came before. Injecting ``Event(0, EventType.OTHER_EVENT)`` makes one exit
+        pending whatever the control says. Raises ``OptionError`` for a vCPU that there is not.
+        """
+        if not 0 <= vcpu < len(self.vcpus):
+            fix = f"there are {len(self.vcpus)}, counted from 0"
+            raise OptionError(f"vCPU {vcpu}", where="monitor_trap_flag", fix=fix)
+        self.inputs.note(MonitorTrap(vcpu, on))
+        self.loop.processors[vcpu].monitor_trap.control = on
+
     def answer(self, value: int) -> None:
         """Let the IN whose exit is being reported read ``value``, cut to its size."""
         self.inputs.note(Answer(value))
@@ -279,16 +303,25 @@ class Machine:
         """
         self.host_memory.alias(gpa, target, size)
 
-    def protect(self, gpa: int, size: int, access: Permission, *, user_execute: bool | None = None) -> None:
+    def protect(
+        self,
+        gpa: int,
+        size: int,
+        access: Permission,
+        *,
+        user_execute: bool | None = None,
+        invalidate: bool = True,
+    ) -> None:
         """Change what the EPT allows for whole pages until the next change of their frame's state.
 
         With mode-based execute control ``user_execute`` says whether to allow fetches from user-mode linear addresses;
-        X is then for supervisor-mode ones only. None: as X says.
+        X is then for supervisor-mode ones only. None: as X says. Without ``invalidate`` there is no INVEPT after it,
+        so that processors may go on by what they have cached.
 
         Raises ``OptionError`` for writable and executable together, which no frame ever is, for sealed frames
         that are to be writable, and for frames that a W^X policy has not approved and that are to be executable.
         """
-        self.host_memory.protect(gpa, size, access, user_execute=user_execute)
+        self.host_memory.protect(gpa, size, access, user_execute=user_execute, invalidate=invalidate)
 
     def protect_sub_pages(self, gpa: int, writable: int) -> None:
         """Make the page at ``gpa`` read-only but for some of its sub-pages of 128 bytes (SDM vol. 3, 29.3.4).
@@ -327,18 +360,87 @@ class Machine:
         with self.inputs.during(DrainLog(clean)):
             return self._log.drain(clean=clean)
 
-    def invept(self) -> None:
-        """Forget every cached translation, as INVEPT does: what a change of entries in ``ept`` itself asks for.
+    def invept(self, eptp: int | None = None) -> None:
+        """INVEPT on every vCPU, single-context for the EPT that ``eptp`` selects or, with None, all-context.
 
+        It is what a change of entries in ``ept`` itself asks for (SDM vol. 3, 29.4.3.1).
         ``ept.write_entry`` changes what the processor finds, whatever the state of the frames; to have a GPA lead
         elsewhere for good, or to allow more or less, use ``alias`` and ``protect``, which know about code.
         """
+        self.inputs.note(Invept(eptp))
+        if self.tlb is not None:
+            self.tlb.invept(None if eptp is None else eptp & ADDRESS_MASK)
+        self._flush()
+
+    def invvpid(self, type: int, *, vpid: int | None = None, linear: int | None = None) -> None:  # noqa: A002 - the manual's word
+        """INVVPID of a type: 0 individual address, 1 single context, 2 all contexts, 3 single context but globals.
+
+        ``vpid`` is the number of a vCPU plus 1, for all types but 2; ``linear`` an address, for type 0. Raises
+        ``OptionError`` for anything else (SDM vol. 3, 31.3, INVVPID).
+        """
+        if type not in range(4) or (vpid is None) != (type == 2) or (linear is None) != (type != 0):
+            what = f"INVVPID of type {type} with VPID {vpid} and address {linear}"
+            raise OptionError(what, where="invvpid", fix="give types 0, 1 and 3 a VPID, and type 0 an address")
+        if vpid is not None and not 1 <= vpid <= len(self.vcpus):
+            raise OptionError(f"VPID {vpid}", where="invvpid", fix=f"there are 1 to {len(self.vcpus)}")
+        self.inputs.note(Invvpid(type, vpid, linear))
+        if self.tlb is not None:
+            self.tlb.invvpid(type, vpid, linear)
         self._flush()
 
     def verify(self) -> None:
         """Check the rules of the trap for every frame, if there is a trap; raises ``InvariantError``."""
         for frame in self.frames if self.options.traps else ():
             verify_frame(self._views, self.blocks, frame)
+
+    # Monitors, hooks, hidden patches
+
+    def physical(self, place: str | int) -> int:
+        """The GPA behind a symbol of the image or a linear address, by the page tables of the vCPU at work as they are.
+
+        Raises ``OptionError`` for an unknown symbol, and where nothing is mapped.
+        """
+        return self.monitors.physical(place)
+
+    def monitor(
+        self,
+        gpa: int,
+        size: int,
+        access: str,
+        *,
+        before: Before | None = None,
+        after: After | None = None,
+        condition: Condition | None = None,
+    ) -> Monitor:
+        """See the guest's accesses to the frames' bytes at [gpa, gpa + size), through whichever address.
+
+        ``access`` is one or more of "r" (loads), "w" (stores) and "x" (execution of an instruction with a byte there).
+        ``before`` is called when the access is about to happen, and may return True (it does not happen, and the guest
+        goes on where RIP is) or an ``Event`` (delivered in its place). ``after`` is called when it has happened. Both
+        only where ``condition`` is true of the access. Accesses of the processor itself (page walks, event delivery)
+        and of the host are not seen. Any number of monitors may share a page.
+
+        Raises ``OptionError`` where there is no memory, and for another ``access``.
+        """
+        return self.monitors.monitor(gpa, size, access, before, after, condition)
+
+    def hook(self, place: str | int, callback: Before, *, condition: Condition | None = None) -> Monitor:
+        """Call back whenever the instruction at a symbol or linear address is about to execute: a hidden breakpoint.
+
+        No byte of the guest changes, so that there is nothing to find, and the guest may rewrite the page. It is a
+        monitor for "x" of the first byte, for instructions that start there; ``callback`` is its ``before``.
+        """
+        gpa = self.physical(place)
+        return self.monitors.monitor(gpa, 1, "x", callback, None, condition, at_start=True)
+
+    def patch_hidden(self, gpa: int, data: bytes) -> HiddenPatch:
+        """Have ``data`` executed in place of what is at ``gpa``, while loads and stores reach what is there.
+
+        It stays when the guest writes there, until it is removed; of two that overlap the later one counts. Raises
+        ``OptionError`` where there is no memory, for sealed code, for more than 64 frames with hidden patches, and
+        under a weaker coherence model.
+        """
+        return self.monitors.patch_hidden(gpa, data)
 
     # What was counted
 
@@ -351,6 +453,11 @@ class Machine:
     def stale(self) -> int:
         """Executions of stale code that were reported, under a weaker coherence model."""
         return 0 if self.sanitizer is None else self.sanitizer.found
+
+    @property
+    def stale_translations(self) -> int:
+        """Uses of stale translations that were reported, under strict staleness."""
+        return 0 if self.tlb is None else self.tlb.found
 
     @property
     def seed(self) -> int:
@@ -371,6 +478,12 @@ class Machine:
         self.reporter.interactive = True  # so that what is stale is reported before the exit that comes after it
         return sanitizer
 
+    def _make_tlb(self) -> StrictTlb:
+        tlb = StrictTlb(self.memory, self.reporter, self._flush)
+        self.control.invalidate = tlb.invalidate_gpa
+        self.ept.entry_written = tlb.ept_entry_written
+        return tlb
+
     def _make_vcpu(self, number: int) -> VirtualCpu:
         exits = InstructionExits(self.ports, self.reporter)
         vcpu = VirtualCpu(
@@ -383,6 +496,7 @@ class Machine:
             hears_entries=self.options.audit or self._several or self.sanitizer is not None,
             counts_entries=self.guest.is_pc,
             view=None if self.sanitizer is None else FetchView(self.sanitizer, number),
+            tlb=self.tlb,
         )
         vcpu.pace.counts = self._several or self.sanitizer is not None
         exits.instruction = vcpu.instruction
@@ -419,6 +533,8 @@ class Machine:
                 vcpu.mmu, self.ept.sub_pages, vcpu.instruction, self.reporter, finish=self.state.finish
             )
         stepped = self.options.single_step or not self.options.traps
+        if self.tlb is not None:
+            trap.stepped = self.tlb.written
         fields = self._fields[vcpu.number]
         if self.ept.profile.virtualization_exceptions:
             trap.exceptions = VirtualizationExceptions(
@@ -426,7 +542,7 @@ class Machine:
             )
         trap.denials_fault = self.guest.manifest.views.denied == "fault"
         processor = Processor(
-            vcpu, trap, self.blocks, self.reporter, linear, self.state, stepped, self._views, fields
+            vcpu, trap, self.blocks, self.reporter, linear, self.state, stepped, self._views, fields, self.tlb
         )
         self._exits[vcpu.number].inject = processor.pending.append
         return processor
@@ -502,6 +618,9 @@ class Machine:
             for vcpu in self.vcpus:
                 vcpu.mmu.fix_tables(state.cr3, mappings)
         self.guest.manifest.views.apply(self.views, len(self.vcpus))
+
+        for gva, patch in self.guest.hidden:
+            self.patch_hidden(self.physical(gva), patch)
 
     @property
     def _current(self) -> VirtualCpu:

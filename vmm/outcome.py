@@ -54,11 +54,11 @@ class Outcome:
     complaint: str | None = None
 
 
-def judge(manifest: Manifest, end: End, *, stale: int = 0) -> Outcome:
+def judge(manifest: Manifest, end: End, *, stale: int = 0, translations: int = 0) -> Outcome:
     """Compare the end of a run with what the manifest asks for.
 
     A run that a script or a handler stopped ended as it should: whoever stops it has the say. ``stale`` counts the
-    executions of stale code that nobody expects.
+    executions of stale code that nobody expects, ``translations`` the uses of stale translations.
     """
     what = describe(end)
     if end.reason in DEATHS:
@@ -71,6 +71,9 @@ def judge(manifest: Manifest, end: End, *, stale: int = 0) -> Outcome:
         if stale:
             words = f"{stale:,} execution{'' if stale == 1 else 's'} of stale code"
             return Outcome(Status.WRONG, what, f"{words}: the guest changed code and did not synchronise")
+        if translations:
+            words = f"{translations:,} use{'' if translations == 1 else 's'} of stale translations"
+            return Outcome(Status.WRONG, what, f"{words}: an invalidation is missing")
         return Outcome(Status.OK, what)
     return Outcome(Status.WRONG, what, f"the guest ended by {what}; its manifest wants {_wanted(manifest)}")
 

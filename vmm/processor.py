@@ -29,13 +29,19 @@ from vmm.mmu import (
     LogIsFull,
     Misconfiguration,
     NonCanonical,
+    StaleUse,
+    Stepwise,
+    Unflushed,
     Unjudged,
     UnmappedStructure,
     Violation,
+    Watched,
 )
+from vmm.monitor_trap import MonitorTrapFlag, cancelling
 from vmm.paging.access import ErrorCode
 from vmm.reporter import Reporter
 from vmm.run_state import RunState
+from vmm.tlb import StrictTlb
 from vmm.translation import BlockCache, Span
 from vmm.trap.log import LogKeeper
 from vmm.trap.policy import DeniedAccess, Trap, UnmappedAccess
@@ -45,6 +51,7 @@ from vmm.vcpu import VirtualCpu
 from vmm.vm_functions import VMFUNC, chosen_view, is_undefined
 
 _UNDEFINED: Final = Event(Vector.UD, EventType.HARDWARE_EXCEPTION)
+_RFLAGS_TF: Final = 1 << 8
 _RFLAGS_IF: Final = 1 << 9
 _LOW_32: Final = 0xFFFF_FFFF
 _ALLOWED: Final = PERMISSION_MASK | USER_EXECUTE
@@ -69,6 +76,8 @@ class Processor:
     single_step: bool
     views: Views
     fields: ControlFields
+    #: Strict staleness, None without it.
+    tlb: StrictTlb | None = None
     pending: deque[Event] = field(factory=deque)
     interrupts: set[int] = field(factory=set)
     #: The devices around it; None for a processor that has nothing but ports.
@@ -77,6 +86,7 @@ class Processor:
     log: LogKeeper | None = None
     #: Whether it waits at a HLT.
     halted: bool = False
+    monitor_trap: MonitorTrapFlag = field(factory=MonitorTrapFlag)
     _stepped_block: tuple[tuple[Span, ...], str] = ((), "")
 
     @property
@@ -100,8 +110,13 @@ class Processor:
         while not (state.is_over or self.halted or pace.is_over):
             if self.board is not None:
                 self.board.settle()
+            if self.monitor_trap.watches():
+                self._monitored()
+                continue
             if self.pending or self._interrupted:
                 self._deliver_what_is_due()
+                if self.monitor_trap.watches():
+                    continue
             if state.ending is None and not pace.is_over:
                 stop = self._enter()
                 if not (stop is Stop.REFUSED and pace.is_over):  # the first fetch of the next turn, which will see
@@ -125,6 +140,7 @@ class Processor:
         view, pc = self.vcpu.view, context.pc
         code, bits = (self.vcpu.instruction.code, context.code_bits) if view is not None else (b"", 64)
         control = (context.cr0, context.cr3, context.cr4)
+        address = None if self.tlb is None else self._invalidated(decoded)
         if self.board is not None:
             self.board.spend()
         try:
@@ -137,8 +153,54 @@ class Processor:
         if outcome is None and decoded.is_hlt:
             return Stop.HALT
         if decoded.changes_mappings or control != (context.cr0, context.cr3, context.cr4):
+            if self.tlb is not None and outcome is None:
+                now = (context.cr0, context.cr3, context.cr4)
+                self.tlb.executed(self.vcpu.number, decoded, address, control, now)
             self.vcpu.free.flush_tlb()
         return outcome
+
+    def _invalidated(self, decoded: Decoded) -> int | None:
+        """The linear address that INVLPG is about to invalidate; None for any other instruction."""
+        return self.vcpu.instruction.address_of(decoded.operands[0]) if decoded.is_invlpg else None
+
+    # With the monitor trap flag
+
+    def _monitored(self) -> None:
+        """A pending MTF exit, or the delivery of one event, or one instruction (see ``vmm.monitor_trap``)."""
+        monitor = self.monitor_trap
+        if monitor.pending:
+            self._monitor_trap_exit()
+            return
+        if self.pending or self._interrupted:
+            self._deliver_what_is_due()
+        if monitor.pending or self.pending or self.state.is_over or self.vcpu.pace.is_over:
+            return
+        before = cancelling(self.reporter.counts)
+        if self._monitored_step(before) and before == cancelling(self.reporter.counts):
+            monitor.pending = monitor.control
+
+    def _monitored_step(self, exits_before: int) -> bool:
+        """Execute one instruction, or iteration of a REP, and answer what comes of it; whether it completed."""
+        context = self.vcpu.context
+        traps = context.rflags & _RFLAGS_TF
+        repeated = self.vcpu.instruction.decoded
+        stop = self._step()
+        if stop is None and repeated.repeats and context.gprs[1] & repeated.operands[0].mask == 0:
+            stop = self._step()  # quirk "rep-end"
+        if stop is Stop.INTERRUPT and traps and context.vector == Vector.DB and not context.by_instruction:
+            debug = self.vcpu.exception()
+            if exits_before == cancelling(self.reporter.counts):
+                self._monitor_trap_exit()
+            self._raise(debug)
+        else:
+            self._answer(stop)
+        return stop in (None, Stop.SYSCALL)
+
+    def _monitor_trap_exit(self) -> None:
+        self.monitor_trap.pending = False
+        self.reporter.count(ExitReason.MTF)
+        if self.reporter.observed:
+            self.reporter.exit(exits.Mtf(rip=self.vcpu.context.pc))
 
     def _line_of(self, decoded: Decoded) -> int | None:
         """The HPA that the memory operand of an instruction names; None if nothing is mapped there."""
@@ -167,7 +229,8 @@ class Processor:
     def _is_wanted_outside(self) -> bool:
         """Whether the run loop has something to do before the next instruction."""
         taken = self._interrupted and self._interruptible
-        return self.state.is_over or self.vcpu.pace.is_over or bool(self.pending) or taken
+        over = self.state.is_over or self.vcpu.pace.is_over or self.monitor_trap.watches()
+        return over or bool(self.pending) or taken
 
     def _deliver_what_is_due(self) -> None:
         """Inject pending events, then an external interrupt if the guest takes one at this boundary."""
@@ -229,8 +292,10 @@ class Processor:
         """A TLB fill was refused: by the guest's page tables, or by the EPT."""
         refusal = self.vcpu.mmu.refusal
         match refusal:
-            case (Violation() | Unjudged()) if self._is_early_use(refusal):
+            case (Violation() | Unjudged() | Watched()) if self._is_stepped_first(refusal):
                 self._answer(self._step())
+            case Stepwise() | Unflushed() | StaleUse():
+                self._answer_strictly(refusal)
             case Unjudged():
                 self._answer(self.trap.answer_use(refusal))
             case Violation():
@@ -242,12 +307,8 @@ class Processor:
                 self._answer(self._step())
             case (GuestFault() | NonCanonical()) if refusal.access != FETCH and self._is_undefined():
                 self._raise(_UNDEFINED)
-            case GuestFault():
-                self._raise(self._page_fault(refusal))
-            case NonCanonical():
-                stack = refusal.access != FETCH and self.vcpu.instruction.uses_stack(refusal.page)
-                vector = Vector.SS if stack else Vector.GP
-                self._raise(Event(vector, EventType.HARDWARE_EXCEPTION, 0))
+            case GuestFault() | NonCanonical():
+                self._raise(self._fault(refusal))
             case Misconfiguration():
                 self._misconfigured(refusal)
             case LogFull():
@@ -255,9 +316,23 @@ class Processor:
             case None:
                 raise AssertionError("a fill was refused without a reason")
 
-    def _page_fault(self, refusal: GuestFault) -> Event:
-        """The #PF that is due; the engine loads before it stores, but a read-modify-write is a write."""
-        instruction, error_code = self.vcpu.instruction, refusal.error_code
+    def _answer_strictly(self, refusal: Stepwise | Unflushed | StaleUse) -> None:
+        """Strict staleness: step, or flush the engines, or put on record what is owed to a stale mapping."""
+        assert self.tlb is not None
+        if isinstance(refusal, Unflushed):
+            self.tlb.flush()
+        elif isinstance(refusal, Stepwise) or self._is_early(refusal.page, refusal.access):
+            self._answer(self._step())
+        else:
+            self.tlb.report(refusal, self.vcpu.instruction)
+
+    def _fault(self, refusal: GuestFault | NonCanonical) -> Event:
+        """The #PF, #SS or #GP that is due; the engine loads before it stores, but a read-modify-write is a write."""
+        instruction = self.vcpu.instruction
+        if isinstance(refusal, NonCanonical):
+            stack = refusal.access != FETCH and instruction.uses_stack(refusal.page)
+            return Event(Vector.SS if stack else Vector.GP, EventType.HARDWARE_EXCEPTION, 0)
+        error_code = refusal.error_code
         address = instruction.faulting_address(refusal.page, refusal.access)
         if refusal.access == READ and instruction.modifies(address):
             error_code |= ErrorCode.WRITE
@@ -267,8 +342,13 @@ class Processor:
         """Whether the current instruction is none: the engine loads an operand before it finds out."""
         return not self.vcpu.instruction.decoded.length
 
-    def _is_early_use(self, refusal: Violation | Unjudged) -> bool:
-        """Whether it is too early for the W^X policy to judge a fetch, or for a view to be against it."""
+    def _is_stepped_first(self, refusal: Violation | Unjudged | Watched) -> bool:
+        """Whether to see what a step makes of it: it is monitored, or too early to judge a fetch.
+
+        W^X policies and views judge fetches that happen; the EPT's own answer to one that comes early harms nobody.
+        """
+        if isinstance(refusal, Watched):
+            return True
         judged = self.trap.refusals.keeps_wx or (isinstance(refusal, Violation) and self.trap.is_denied(refusal))
         return judged and self._is_early(refusal.page, refusal.access)
 
@@ -282,7 +362,8 @@ class Processor:
 
     def _raise(self, event: Event) -> None:
         """An exception or software interrupt of the guest: a VM exit, then its delivery."""
-        if event.type is EventType.SOFTWARE_INTERRUPT or event is VIRTUALIZATION_EXCEPTION:
+        of_guest = event.type in (EventType.SOFTWARE_INTERRUPT, EventType.OTHER_EVENT)
+        if of_guest or event is VIRTUALIZATION_EXCEPTION:
             self._deliver(event)
             return
         self.reporter.count(ExitReason.EXCEPTION_OR_NMI)
@@ -301,6 +382,9 @@ class Processor:
 
     def _deliver(self, event: Event) -> None:
         context = self.vcpu.context
+        if event.type is EventType.OTHER_EVENT:
+            self.monitor_trap.pending = True
+            return
         self.vcpu.pace.spend()
         try:
             delivered = deliver(context, self.linear, event)
@@ -323,6 +407,7 @@ class Processor:
             self._forbidden(event, problem)
             return
         context.end_shadow()
+        self.monitor_trap.pending = self.monitor_trap.control
         if self.reporter.observed:
             done = delivered.event
             name = done.type.name.lower().replace("_", " ")

@@ -13,6 +13,9 @@ from vmm.guest.loader import Guest
 from vmm.translation.cache import DEFAULT_CAPACITY
 from vmm.trap.wx import ANSWERS
 
+#: How long translations are cached: as it comes, or as long as a processor may (``vmm.tlb``).
+TLBS = ("loose", "strict")
+
 
 @frozen(slots=True)
 class RunOptions:
@@ -23,9 +26,9 @@ class RunOptions:
     oracle for the rest; without ``traps`` it does so in memory that is readable, writable and executable, so that no
     access is refused and nothing is recorded. ``block_events`` has every block event reported. ``capacity`` is that of
     the block cache, in blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its
-    schedule, ``coherence`` and ``wx`` its policy's, ``ept`` what the processor's EPT can do and what of it is enabled.
-    ``input`` is what the guest reads at its input port instead of the manifest's file, ``time`` what its clock shows,
-    in nanoseconds since 1970.
+    schedule, ``coherence``, ``wx`` and ``tlb`` its policy's, ``ept`` what the processor's EPT can do and what of it is
+    enabled. ``input`` is what the guest reads at its input port instead of the manifest's file, ``time`` what its clock
+    shows, in nanoseconds since 1970.
     """
 
     audit: bool = False
@@ -39,12 +42,14 @@ class RunOptions:
     coherence: Coherence | None = None
     ept: EptProfile | None = None
     wx: Literal["off", "fault", "stop"] | None = None
+    tlb: Literal["loose", "strict"] | None = None
     input: bytes | None = None
     time: int | None = None
 
 
 def with_policy(guest: Guest, options: RunOptions) -> Guest:
-    """The guest with the W^X policy that it is run with; raises ``OptionError`` if it cannot be."""
+    """The guest with the policies for W^X and TLB that it is run with; raises ``OptionError`` if it cannot be."""
+    guest = _with_tlb(guest, options)
     wx = guest.manifest.policy.wx if options.wx is None else options.wx
     if wx not in ANSWERS:
         raise OptionError(f"wx = {wx!r}", where="policy", fix=f"choose one of {', '.join(ANSWERS)}")
@@ -61,3 +66,16 @@ def with_policy(guest: Guest, options: RunOptions) -> Guest:
         return guest
     manifest = guest.manifest
     return evolve(guest, manifest=evolve(manifest, policy=evolve(manifest.policy, wx=wx)))
+
+
+def _with_tlb(guest: Guest, options: RunOptions) -> Guest:
+    policy = guest.manifest.policy
+    tlb = policy.tlb if options.tlb is None else options.tlb
+    if tlb not in TLBS:
+        raise OptionError(f"tlb = {tlb!r}", where="policy", fix=f"choose one of {', '.join(TLBS)}")
+    if tlb == "strict" and (options.coherence or Coherence(policy.coherence)) is not Coherence.COHERENT:
+        fix = "use one of the two"
+        raise OptionError("stale translations and stale code at once", where="tlb and coherence", fix=fix)
+    if tlb == policy.tlb:
+        return guest
+    return evolve(guest, manifest=evolve(guest.manifest, policy=evolve(policy, tlb=tlb)))

@@ -74,6 +74,7 @@ def counters_of(machine: Machine) -> Json:
         "exits_by_reason": {reason.name: counts[reason] for reason in sorted(counts)},
         "modifications": machine.door.modifications,
         **({} if machine.sanitizer is None else {"stale": machine.sanitizer.found}),
+        **({} if machine.tlb is None else {"stale_translations": machine.tlb.found}),
         "blocks": {
             "created": blocks.created,
             "live": len(machine.blocks),

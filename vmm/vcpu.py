@@ -22,6 +22,7 @@ from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames
 from vmm.mmu import CurrentInstruction, Mmu, StepMemory
 from vmm.pace import Pace
+from vmm.tlb import StrictMmu, StrictTlb
 from vmm.translation import BlockCache
 
 #: Vectors that push an error code (SDM vol. 3, table 6-1).
@@ -64,6 +65,7 @@ class VirtualCpu:
         hears_entries: bool,
         counts_entries: bool = False,
         view: FetchView | None = None,
+        tlb: StrictTlb | None = None,
     ) -> None:
         self.number = number
         #: What it fetches under a weaker coherence model; None if it is coherent.
@@ -72,7 +74,12 @@ class VirtualCpu:
         self.free = FreeRunningEngine(memory, hears_entries=hears_entries, counts_entries=counts_entries)
         self.stepping = SteppingEngine(memory)
         self.context = Context(self.free.handle)
-        self.mmu = Mmu(memory, ept, frames, self.context)
+        #: Whether translations are cached as long as they may be, so that what invalidates them is stepped.
+        self.strict = tlb is not None
+        if tlb is None:
+            self.mmu = Mmu(memory, ept, frames, self.context)
+        else:
+            self.mmu = StrictMmu(memory, ept, frames, self.context, tlb=tlb, number=number)
         self.mmu.fetch_side = view
         #: Whether the last instruction was stepped, not free-run.
         self.stepped = False

@@ -72,7 +72,10 @@ def test_a_trace(vmm, tmp_path):
         "guest": "alias-patch",
         "image": hashlib.sha256(image.read_bytes()).hexdigest(),
         "memory": 0x100000,
-        "policy": {"reads": "step", "writes": "step", "code": "load", "coherence": "coherent", "wx": "off"},
+        "policy": {
+            "reads": "step", "writes": "step", "code": "load", "coherence": "coherent", "wx": "off",
+            "tlb": "loose",
+        },
         "ept": {},
         "manifest": hashlib.sha256(image.with_name("guest.toml").read_bytes()).hexdigest(),
         "target": "alias-patch",

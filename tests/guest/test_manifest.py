@@ -83,6 +83,7 @@ def test_every_key_of_the_format_is_documented():
         schema name summary  format file load symbols  memory mode  entry cpl iopl registers idt rsp0
         identity map gva gpa length access user  reads writes code wx  console.port
         input.port input.file clock.port clock.time  end.port end.value end.halt  limits.exits limits.seconds
+        at bytes jump
     """
     assert [key for key in keys.split() if f"| `{key}` |" not in text] == []
 
@@ -353,6 +354,13 @@ BAD = [
     (GOOD + "[end]\nport = 0x10000", "[end].port", "out of range"),
     (GOOD + "[end]\nvalue = 256", "[end].value", "out of range"),
     (GOOD + "[end]\nhalt = true\nvalue = 1", "[end].value", "no port"),
+    (GOOD + "[[hidden]]\nbytes = '90'", "[hidden][0].at", "missing"),
+    (GOOD + "[[hidden]]\nat = 0", "[hidden][0]", "needs one of bytes and jump"),
+    (GOOD + "[[hidden]]\nat = 0\nbytes = '90'\njump = 0", "[hidden][0]", "needs one of bytes and jump"),
+    (GOOD + "[[hidden]]\nat = 0\nbytes = '9'", "[hidden][0].bytes", "hexadecimal digits"),
+    (GOOD + "[[hidden]]\nat = -1\nbytes = '90'", "[hidden][0].at", "out of range"),
+    (GOOD + "[policy]\ncoherence = 'explicit'\n[[hidden]]\nat = 0\nbytes = '90'", "[hidden][0]", "fetch side"),
+    (TOP + IMAGE + REAL + CPU + "[[hidden]]\nat = 0\njump = 0", "[hidden][0].jump", "near jump"),
     (GOOD + "[limits]\nexits = 0", "[limits].exits", "out of range"),
     (GOOD + "[limits]\nseconds = 0", "[limits].seconds", "out of range"),
     (GOOD + "[limits]\nseconds = nan", "[limits].seconds", "out of range"),

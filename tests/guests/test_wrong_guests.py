@@ -13,6 +13,7 @@ CAUSES: dict[str, str] = {
     "cross-modify-torn": "vCPU 1 has executed a mixture of two versions",
     "cross-modify-unsynchronised": "vCPU 1 has executed a version that was gone: it had not serialised since the patch",
     "contract-clock": "a contract may read nothing but its transactions",
+    "hidden-hook-visible": "because: an integrity check must read the guest's own bytes where a hook is executed",
     "lazy-binding-open": "after a patch the page of the call site must be read-only again",
     "lazy-binding-torn": "a call site must be patched in one store",
     "shrink-wrap-clobber": "the cold path must save what the prologue no longer saves",
@@ -22,6 +23,7 @@ CAUSES: dict[str, str] = {
     "translator-by-address": "because: the STORE went through the other address of the same frame",
     "toolpath-unsynchronised": "the controller must synchronise after it",
     "vmfunc-views-open": "a VMFUNC of its own would let it in",
+    "unmap-stale": "because: the kernel has cleared the entry and not invalidated it",
     "w-xor-x-rwx": "the page that the compiler writes its code to must not be executable while it is written",
 }
 

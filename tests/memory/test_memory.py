@@ -33,8 +33,8 @@ class TestGuestMemory:
     def test_a_write_that_does_not_fit_changes_nothing(self):
         memory = GuestMemory(PAGE)
         with pytest.raises(ValueError, match=r"^"):
-            memory.write(PAGE - 1, b"\x01\x02")
-        assert memory.read(0, PAGE) == bytes(PAGE)
+            memory.write(memory.size - 1, b"\x01\x02")
+        assert memory.read(0, memory.size) == bytes(memory.size)
 
     def test_what_was_read_is_a_copy(self):
         memory = GuestMemory(PAGE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unicorn.unicorn_const import UC_HOOK_MEM_WRITE
+from unicorn.unicorn_const import UC_HOOK_MEM_READ, UC_HOOK_MEM_WRITE
 
 from .bare_unicorn import CODE, DATA, HLT, OK, PAGE, Bare, R, W, X
 
@@ -39,6 +39,17 @@ def test_q22_going_back_from_count_to_free_running_drops_all_blocks() -> None:
     again.clear()
     b.run()
     assert [pc for pc, _ in again] == [CODE, CODE + 2]
+
+
+def test_q27_the_end_of_a_rep_is_a_step_of_its_own() -> None:
+    b = Bare()
+    b.put(CODE, "rep stosb; hlt")
+    b["rcx"], b["rdi"] = 2, DATA
+    seen = []
+    for _ in range(3):
+        assert b.run(count=1) == OK
+        seen.append((b.pc, b["rcx"], b["rdi"]))
+    assert seen == [(CODE, 1, DATA + 1), (CODE, 0, DATA + 2), (CODE + 2, 0, DATA + 2)]
 
 
 # A store into the block that it is in: mov byte [rdi], 0x90 turns "clc" into "nop".
@@ -97,3 +108,29 @@ def test_q25_a_write_hook_gets_the_ram_address_once_even_if_the_store_straddles(
     assert b.run() == OK
     assert writes == [(DATA + PAGE - 4, 8, 0x1111_1111_2222_2222)]
     assert b.ram[other : other + 4] == b"\x11" * 4
+
+
+def test_q26_a_read_hook_gets_the_ram_address_once_even_if_the_load_straddles() -> None:
+    b = Bare()
+    b.put(CODE, "mov rax, [rdi]; hlt")
+    alias, other = 0x700000, 0x9000
+    b.pages[alias], b.pages[alias + PAGE] = (DATA, R | W), (other, R | W)
+    b["rdi"] = alias + PAGE - 4
+    reads: list[tuple[int, int]] = []
+    b.uc.hook_add(UC_HOOK_MEM_READ, lambda _uc, _access, address, size, _value, _data: reads.append((address, size)))
+    assert b.run() == OK
+    assert reads == [(DATA + PAGE - 4, 8)]
+
+
+def test_q26_what_was_translated_before_the_hook_does_not_call_it() -> None:
+    b = Bare()
+    b.put(CODE, "mov rax, [rdi]; hlt")
+    b["rdi"] = DATA
+    assert b.run() == OK
+    reads: list[int] = []
+    b.uc.hook_add(UC_HOOK_MEM_READ, lambda _uc, _access, address, *_rest: reads.append(address))
+    assert b.run() == OK
+    assert reads == []
+    b.uc.ctl_remove_cache(CODE, CODE + 1)
+    assert b.run() == OK
+    assert reads == [DATA]

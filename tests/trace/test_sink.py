@@ -22,11 +22,13 @@ from vmm.exits import (
     Record,
     RefusedAccess,
     StaleExecution,
+    StaleTranslation,
 )
 from vmm.trace.sink import TraceSink, by_json, line
 
 EXITS = Exit.__subclasses__()
-RECORDS = [*EXITS, Modification, BlockEvent, FrameEvent, Injection, RefusedAccess, StaleExecution, LogEntry]
+RECORDS = [*EXITS, Modification, BlockEvent, FrameEvent, Injection, RefusedAccess, LogEntry]
+RECORDS += [StaleExecution, StaleTranslation]
 
 numbers = st.integers(0, (1 << 64) - 1)
 VALUES = {

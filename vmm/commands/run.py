@@ -69,6 +69,7 @@ class RunRequest:
     input: str | None = None
     time: str | None = None
     wx: Literal["off", "fault", "stop"] | None = None
+    tlb: Literal["loose", "strict"] | None = None
     color: str = "auto"
 
     def options(self) -> RunOptions:
@@ -85,6 +86,7 @@ class RunRequest:
             seed=self.seed,
             coherence=None if self.coherence is None else Coherence(self.coherence),
             wx=self.wx,
+            tlb=self.tlb,
         )
 
 
@@ -196,7 +198,8 @@ class _Run:
         self.log.tell("run ended", reason=end.reason, exits=machine.reporter.total)
         self._write_files(end, ranges)
         stale = machine.stale if self.script is None else 0  # a script has the say
-        outcome = judge(machine.guest.manifest, end, stale=stale)
+        translations = machine.stale_translations if self.script is None else 0
+        outcome = judge(machine.guest.manifest, end, stale=stale, translations=translations)
         if outcome.status is Status.INTERRUPTED:
             self.script = None  # a script says nothing about half a run
         status = self._conclude(outcome)

@@ -41,6 +41,10 @@ def summarize(machine: Machine, outcome: Outcome, painter: Painter, *, printed: 
         found = machine.sanitizer.found
         words = f"{found:,} execution{'' if found == 1 else 's'} of stale code ({machine.sanitizer.model.value})"
         _row("stale", words, painter, Style.BAD if found else Style.GOOD)
+    if machine.tlb is not None:
+        used = machine.tlb.found
+        words = f"{used:,} use{'' if used == 1 else 's'} of stale translations"
+        _row("TLB", words, painter, Style.BAD if used else Style.GOOD)
 
 
 def add_row(label: str, text: str, painter: Painter, *, good: bool = True) -> None:

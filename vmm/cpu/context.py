@@ -94,6 +94,11 @@ class Context:
         """Take over the state of an engine."""
         b.context_save(engine, self.pointer)
 
+    def copy(self, engine: int) -> Context:
+        """The same state, for an engine that is not running and whose own is of no value."""
+        b.context_restore(engine, self.pointer)
+        return Context(engine)
+
     # Instruction pointer, general registers, flags
 
     @property

@@ -49,6 +49,8 @@ class EventType(enum.IntEnum):
     """INT1"""
     SOFTWARE_EXCEPTION = 6
     """INT3 and INTO"""
+    OTHER_EVENT = 7
+    """A pending MTF VM exit, with vector 0: nothing is delivered"""
 
 
 _FAULTS = frozenset(Vector) - {
@@ -85,7 +87,7 @@ class Event:
 
     def __attrs_post_init__(self) -> None:
         """Refuse what no processor could deliver."""
-        _in_range("vector", self.vector, 0xFF)
+        _in_range("vector", self.vector, 0 if self.type is EventType.OTHER_EVENT else 0xFF)
         _in_range("error code", self.error_code or 0, 0xFFFF_FFFF)
         _in_range("instruction length", self.length, 15)
         _in_range("CR2", self.cr2 or 0, (1 << 64) - 1)

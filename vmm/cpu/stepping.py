@@ -22,6 +22,11 @@ class SteppingEngine(Engine):
         #: (host address, size in bytes) of each store of the last step, in order; a store that straddles a page
         #: is there once, with the address of its first byte.
         self.writes: list[tuple[int, int]] = []
+        #: The same for loads, each behind the number of stores before it; empty unless ``wants_reads``.
+        self.reads: list[tuple[int, int, int]] = []
+        #: Whether loads are to be listed, too, from the next step on. Once that is so it stays so.
+        self.wants_reads = False
+        self._hears_reads = False
         self._slots: dict[int, int] = {}  # page -> slot of its last copy
         self._owners: dict[int, int] = {}  # and back
         self._latched: dict[int, bytes] = {}
@@ -41,11 +46,26 @@ class SteppingEngine(Engine):
         On any stop but ``STEPPED`` and ``INTERRUPT`` by a software interrupt, nothing of the instruction is done.
         HLT counts as stepped; whoever asks for the step knows the instruction.
         """
+        if self.wants_reads and not self._hears_reads:
+            self._hear_reads()
         self.writes.clear()
+        self.reads.clear()
         self._in_use.clear()
         self.flush_tlb()
         self._start(context, 1, b.emu_step)
         return self.stop or Stop.STEPPED
+
+    def rehearse(self, context: Context) -> tuple[Stop, Context]:
+        """Execute one instruction as ``step`` does, into a context of its own; no device and no clock hears of it.
+
+        What it does to memory is the caller's to undo. IN, OUT, CPUID and RDTSC end in ``Stop.EXACT``.
+        """
+        scratch = context.copy(self.handle)
+        before, self.environment = self.environment, _Nobody()
+        try:
+            return self.step(scratch), scratch
+        finally:
+            self.environment = before
 
     def latch(self, hpa: int, patch: tuple[int, bytes] | None = None) -> int:
         """The host address of an up-to-date copy of the page at ``hpa``, for fetching from.
@@ -83,6 +103,30 @@ class SteppingEngine(Engine):
         self._slots[hpa] = slot
         return slot
 
+    def _hear_reads(self) -> None:
+        """Have loads reported. What was translated before (quirk "late-hook") does not do that."""
+        self._hears_reads = True
+        self._hook(b.HOOK_MEMORY_READ, b.MemoryAccess(self._on_read))
+        self.forget(PRIVATE_BASE, PRIVATE_PAGES * PAGE)
+
+    def _on_read(self, _engine: int, _access: int, hpa: int, size: int, _value: int, _data: int) -> None:
+        self.reads.append((len(self.writes), hpa, size))
+
     def _on_write(self, _engine: int, _access: int, hpa: int, size: int, _value: int, _data: int) -> None:
         self.writes.append((hpa, size))
 
+
+class _Nobody:
+    """The environment of a rehearsal: whatever an instruction wants of it, it has to stop."""
+
+    def port_in(self, _port: int, _size: int) -> int | None:
+        return None
+
+    def port_out(self, _port: int, _size: int, _value: int) -> bool:
+        return False
+
+    def cpuid(self, _leaf: int, _subleaf: int) -> bool:
+        return False
+
+    def timestamp(self, *, with_processor_id: bool) -> int | None:  # noqa: ARG002 - as the protocol has it
+        return None

@@ -8,7 +8,7 @@ Splitting and joining pages changes no translation, so that it drops none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from vmm.ept.bits import (
@@ -60,6 +60,8 @@ class ExtendedPageTables:
     def __init__(self, profile: EptProfile | None = None, *, host_size: int = 1 << 52) -> None:
         self.profile: Final = profile or EptProfile()
         self.rules: Final = EntryRules.of(self.profile)
+        #: Told of each ``write_entry``: the level, and the first GPA that the entry translates.
+        self.entry_written: Callable[[int, int], None] | None = None
         self._structures = PagingStructures(self.rules, host_size)
         #: Sub-page write permissions; None without that control.
         self.sub_pages = (
@@ -86,7 +88,7 @@ class ExtendedPageTables:
         """An EPT with the same entries, its PML4 table at the host-physical address ``root``; nothing is cached."""
         made = ExtendedPageTables(self.profile)
         made._structures = self._structures.copy(root)
-        made.log, made.sub_pages = self.log, self.sub_pages
+        made.log, made.sub_pages, made.entry_written = self.log, self.sub_pages, self.entry_written
         return made
 
     # The processor's way
@@ -253,6 +255,8 @@ class ExtendedPageTables:
         self._structures.check_write(gpa, level, raw)
         table[gpa >> shift_of(level) & ENTRIES - 1] = raw
         self._forget(gpa & page_mask(level), 1 << shift_of(level))
+        if self.entry_written is not None:
+            self.entry_written(level, gpa & page_mask(level))
 
     def map(self, gpa: int, hpa: int, permissions: Permission, *, size: int = PAGE) -> None:
         """Map one page of ``size`` bytes (4 KiB, 2 MiB or 1 GiB) at ``gpa`` to ``hpa``, as write-back memory.

@@ -39,7 +39,8 @@ _BARE_ROOM: Final = 1 << 20
 class Guest:
     """A guest, checked and ready to build.
 
-    ``entry`` is the linear address where the first vCPU starts, ``other_entries`` where the others do.
+    ``entry`` is the linear address where the first vCPU starts, ``other_entries`` where the others do. ``hidden`` is
+    what is executed in place of what the image has, as (linear address, bytes).
     """
 
     manifest: Manifest
@@ -50,6 +51,7 @@ class Guest:
     boot: BootState | None = None
     #: Whether the devices of a PC are around it.
     is_pc: bool = False
+    hidden: tuple[tuple[int, bytes], ...] = ()
 
     @property
     def name(self) -> str:
@@ -147,7 +149,8 @@ def _not_found(file: Path, given: str) -> InputError:
 def _from_manifest(manifest: Manifest) -> Guest:
     image = load_image(manifest.image, manifest.machine.memory)
     first, *others = (_entry(manifest, image, number) for number in range(len(manifest.cpus)))
-    guest = Guest(manifest, image, first, tuple(others))
+    hidden = tuple(spec.resolve(image.symbols) for spec in manifest.hidden)
+    guest = Guest(manifest, image, first, tuple(others), hidden=hidden)
     for number, cpu in enumerate(manifest.cpus):
         _check_entry(guest, number)
         _check_reachable(guest, number, "idt", cpu.idt)

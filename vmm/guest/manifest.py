@@ -9,7 +9,7 @@ The reference, with every key's type, range and default, is ``docs/manifest.md``
     [[vcpu]]   the same, for each further vCPU
     [schedule] seed, quantum: how the vCPUs take turns
     [paging]   identity, and [[paging.map]] gva, gpa, length, access, user
-    [policy]   reads, writes, code, coherence, wx
+    [policy]   reads, writes, code, coherence, wx, tlb
     [ept]      profile, switches, [ept.capabilities] and [[ept.map]]: see ``vmm.guest.ept``
     [views]    views of the EPT: see ``vmm.guest.views``
     [console]  port: what the guest writes there is its printed output
@@ -41,6 +41,7 @@ from vmm.guest.ept import MANIFEST_KEYS as _EPT_KEYS
 from vmm.guest.ept import EptMap, ept_of, maps_of
 from vmm.guest.fields import PAGE, U16_MAX, U32_MAX, U64_MAX, Table, is_canonical
 from vmm.guest.files import one_line, read_file
+from vmm.guest.hidden import HiddenSpec, hidden_of
 from vmm.guest.inputs import ClockSpec, InputSpec, clock_of, input_of
 from vmm.guest.views import KEYS as _VIEWS_KEYS
 from vmm.guest.views import PLAIN, ViewsSpec, views_of
@@ -84,12 +85,12 @@ MANIFEST_LIMIT: Final = 1 << 20
 _MAPS_LIMIT: Final = 1024
 _MAPPED_LIMIT: Final = 4 << 30
 _NAME_LENGTH: Final = 100
-_POLICY_KEYS: Final = ("reads", "writes", "code", "coherence", "wx")
+_POLICY_KEYS: Final = ("reads", "writes", "code", "coherence", "wx", "tlb")
 _FLAWS_LIMIT: Final = 1024
 _KEYS: Final = (
     *("schema", "name", "summary", "wrong_of"),
     *("image", "machine", "cpu", "vcpu", "schedule", "paging", "policy", "ept", "views", "end", "limits"),
-    *("console", "input", "clock", "ipi", "workpiece"),
+    *("console", "input", "clock", "ipi", "workpiece", "hidden"),
 )
 
 
@@ -175,6 +176,7 @@ class Policy:
     code: Literal["load", "fetch", "seal"] = "fetch"
     coherence: Literal["coherent", "serialised", "explicit"] = "coherent"
     wx: Literal["off", "fault", "stop"] = "off"
+    tlb: Literal["loose", "strict"] = "loose"
 
     @property
     def loads_code(self) -> bool:
@@ -252,6 +254,7 @@ class Manifest:
     ipi: Ipi = Ipi()
     workpiece: WorkpieceSpec | None = None
     wrong_of: str = ""
+    hidden: tuple[HiddenSpec, ...] = ()
 
     @property
     def has_page_tables(self) -> bool:
@@ -313,6 +316,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
     ipi = _ipi(top.table("ipi", ("port",)), end, console)
     workpiece = _workpiece(top, (end.port, console.port)) if "workpiece" in top else None
     taken = _taken(end, console, ipi, workpiece)
+    policy = _policy(top.table("policy", _POLICY_KEYS), machine, image, paging)
     return Manifest(
         path=path,
         name=top.string("name", longest=_NAME_LENGTH),
@@ -321,7 +325,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
         machine=machine,
         cpu=cpu,
         paging=paging,
-        policy=_policy(top.table("policy", _POLICY_KEYS), machine, image, paging),
+        policy=policy,
         ept=profile,
         ept_maps=maps_of(ept, profile, machine.memory),
         views=views_of(top.table("views", _VIEWS_KEYS), machine.memory, 1 + len(others), profile),
@@ -335,6 +339,7 @@ def _manifest(top: Table, path: Path) -> Manifest:
         ipi=ipi,
         workpiece=workpiece,
         wrong_of=_wrong_of(top),
+        hidden=hidden_of(top, mode=machine.mode, coherence=policy.coherence),
     )
 
 
@@ -570,6 +575,7 @@ def _policy(table: Table, machine: MachineSpec, image: Image, paging: Paging | N
         code=table.choice("code", ("load", "fetch", "seal"), default="load" if image.format == "elf64" else "fetch"),
         coherence=table.choice("coherence", ("coherent", "serialised", "explicit"), default="coherent"),
         wx=table.choice("wx", ("off", "fault", "stop"), default="off"),
+        tlb=table.choice("tlb", ("loose", "strict"), default="loose"),
     )
     if policy.wx != "off" and not _has_page_tables(machine, paging):
         what = "without page tables everything is writable and executable"
@@ -577,6 +583,9 @@ def _policy(table: Table, machine: MachineSpec, image: Image, paging: Paging | N
     if policy.wx != "off" and policy.coherence != "coherent":
         what = "frames that must be approved have no stale code"
         raise table.error("wx", what, 'remove wx, or set coherence = "coherent"')
+    if policy.tlb == "strict" and policy.coherence != "coherent":
+        what = "stale translations and stale code are looked for one at a time"
+        raise table.error("tlb", what, 'set tlb = "loose", or coherence = "coherent"')
     return policy
 
 

@@ -3,7 +3,8 @@
 Host-physical addresses (HPA) are offsets into this mapping. The guest's RAM starts at HPA 0; the *system area*
 (page tables, GDT and TSS that the VMM builds for guests that bring none) follows. What a GPA means is the EPT's
 business. Behind them there may be *twins* of both, of the same size: places for what vCPUs fetch instead (see
-``vmm.coherence``). They take no memory until they are written.
+``vmm.coherence``). Last come *spare* pages, of which some stand for others when these are fetched
+(``vmm.monitors.hidden``). They take no memory until they are written.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from vmm.errors import OptionError
 
 PAGE: Final = 4096
 MAX_SIZE: Final = 1 << 32
-
+#: Spare pages behind everything.
+SPARE: Final = 64
 
 
 class GuestMemory:
@@ -32,11 +34,14 @@ class GuestMemory:
             raise OptionError(
                 f"{whole:#x} bytes of guest memory", where="memory", fix="give a multiple of 4096 up to 4 GiB"
             )
-        #: Bytes, those of the twins included.
-        self.size: Final = whole
+        #: Bytes, those of twins and spare pages included.
+        self.size: Final = whole + SPARE * PAGE
         self._area: Final = size
+        self._spare_at: Final = whole
+        self._spare = list(range(self.size - PAGE, whole - PAGE, -PAGE))
+        self._stands_for: dict[int, int] = {}
         #: The same as a mapping, which can be searched.
-        self.mapping: Final = mmap.mmap(-1, whole)
+        self.mapping: Final = mmap.mmap(-1, self.size)
         self.bytes: Final = memoryview(self.mapping)
         self.words: Final = self.bytes.cast("Q")
         self._anchor: Final = ctypes.c_char.from_buffer(self.mapping)
@@ -47,8 +52,26 @@ class GuestMemory:
         return hpa + (number + 1) * self._area
 
     def home(self, hpa: int) -> int:
-        """The HPA that a place in a twin stands for; others stand for themselves."""
+        """The HPA that a place in a twin or in a spare page stands for; others stand for themselves."""
+        if hpa >= self._spare_at:
+            return self._stands_for.get(hpa & -PAGE, hpa & -PAGE) | hpa & PAGE - 1
         return hpa % self._area
+
+    @property
+    def spare_pages(self) -> int:
+        """Spare pages that are free."""
+        return len(self._spare)
+
+    def take_spare(self, page: int) -> int:
+        """The HPA of a spare page, which stands for the page at an HPA until it is given back."""
+        spare = self._spare.pop()
+        self._stands_for[spare] = page
+        return spare
+
+    def give_back(self, spare: int) -> None:
+        """Nothing is fetched from a spare page any more."""
+        del self._stands_for[spare]
+        self._spare.append(spare)
 
     def read(self, hpa: int, size: int) -> bytes:
         """``size`` bytes from an HPA."""

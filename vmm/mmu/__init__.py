@@ -14,9 +14,13 @@ from vmm.mmu.refusals import (
     Misconfiguration,
     NonCanonical,
     Refusal,
+    StaleUse,
+    Stepwise,
+    Unflushed,
     Unjudged,
     UnmappedStructure,
     Violation,
+    Watched,
 )
 from vmm.mmu.step import StepMemory
 from vmm.mmu.translation import FetchSide, Mmu
@@ -32,8 +36,12 @@ __all__ = [
     "Mmu",
     "NonCanonical",
     "Refusal",
+    "StaleUse",
     "StepMemory",
+    "Stepwise",
+    "Unflushed",
     "Unjudged",
     "UnmappedStructure",
     "Violation",
+    "Watched",
 ]

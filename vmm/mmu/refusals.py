@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from attrs import define
 
 from vmm.ept import MISCONFIGURED
 from vmm.ept.bits import WRITE as _WRITE
 from vmm.errors import GuestError
+
+if TYPE_CHECKING:
+    from vmm.tlb.mappings import EntryRead, Mapping
 
 
 @define(slots=True, eq=False)
@@ -83,6 +88,11 @@ class Unjudged:
 
 
 @define(slots=True, eq=False)
+class Watched:
+    """Everything allows the access, but somebody monitors bytes of the frame: the instruction has to be stepped."""
+
+
+@define(slots=True, eq=False)
 class LogFull:
     """The access would set an accessed or dirty flag of the EPT, and the page-modification log has no room.
 
@@ -93,7 +103,39 @@ class LogFull:
     access: int
 
 
-Refusal = GuestFault | NonCanonical | Violation | Misconfiguration | Unjudged | LogFull
+@define(slots=True, eq=False)
+class Stepwise:
+    """Strict staleness: only a stepped instruction may make the access, so that what it does is known exactly."""
+
+    page: int
+    access: int
+
+
+@define(slots=True, eq=False)
+class Unflushed:
+    """Strict staleness: the engines have to forget their translations before the access is tried again."""
+
+    page: int
+    access: int
+
+
+@define(slots=True, eq=False)
+class StaleUse:
+    """Strict staleness: only a stale mapping allows the access, or takes it where it goes.
+
+    ``cached`` is the first entry that the mapping was made from and that is another by ``now``.
+    """
+
+    page: int
+    access: int
+    mapping: Mapping
+    cached: EntryRead
+    now: int
+
+
+#: Of strict staleness.
+Strictness = Stepwise | Unflushed | StaleUse
+Refusal = GuestFault | NonCanonical | Violation | Misconfiguration | Unjudged | LogFull | Watched | Strictness
 
 
 class PagingStructureViolation(Exception):  # noqa: N818 - a guest-physical fault on its way out of a walk

@@ -16,6 +16,7 @@ from vmm.ept import CLEAN, HELD, MISCONFIGURED
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames, FrameState
 from vmm.mmu.instruction import CurrentInstruction
+from vmm.mmu.refusals import Watched
 from vmm.mmu.translation import LEAF_ADDRESS, PAGE_OFFSET, Control, Fill, Mmu
 from vmm.paging import Translation
 
@@ -30,6 +31,10 @@ class StepMemory:
     ) -> None:
         #: Linear pages written: page -> (GPA page, host page).
         self.written: dict[int, tuple[int, int]] = {}
+        #: Linear pages read, likewise; one that was written first may have been read, too.
+        self.read: dict[int, tuple[int, int]] = {}
+        #: Whether accesses to frames are let through for which somebody is to be asked before.
+        self.lets_through = False
         #: Contents of the frames written, from before.
         self.undo: dict[int, bytes] = {}
         self._memory = memory
@@ -44,6 +49,16 @@ class StepMemory:
         #: Linear page -> what is fetched there instead of the guest's bytes: (offset, bytes).
         self._patch: dict[int, tuple[int, bytes]] = {}
 
+    @property
+    def decoded(self) -> Decoded:
+        """The instruction."""
+        return self._decoded
+
+    @property
+    def pc(self) -> int:
+        """The linear address of the instruction."""
+        return self._pc
+
     def begin(self, *, arrived: bool) -> None:
         """The next fills are for the instruction at RIP.
 
@@ -51,7 +66,9 @@ class StepMemory:
         guest's page tables say now.
         """
         self.written = {}
+        self.read = {}
         self.undo = {}
+        self.lets_through = False
         pc, self._control, bits = self._context.step_view()
         self._pc, self._page = pc, pc & -PAGE
         if not arrived:
@@ -106,13 +123,16 @@ class StepMemory:
                     host = side.host(host)
                 self._mmu.fetched(page, host)
                 return engine.latch(host, self._patch.get(page) if self._patch else None) | X
-            if self._mmu.refuses(page, access, translation, leaf) or self._is_unjudged(
-                page, access, translation.gpa, leaf
+            if (
+                self._mmu.refuses(page, access, translation, leaf)
+                or self._is_unjudged(page, access, translation.gpa, leaf)
+                or self._is_unannounced(host)
             ):
                 return 0
             if leaf & (CLEAN | HELD) and not self._mmu.used(page, access, translation.gpa, leaf):
                 return 0
             if access == READ:
+                self.read[page] = (translation.gpa, host)
                 return host | R
             if side is not None:
                 side.before_write(host, self._pc)
@@ -122,6 +142,13 @@ class StepMemory:
             return host | R | W
 
         return fill
+
+    def _is_unannounced(self, host: int) -> bool:
+        """Whether somebody has to be asked about accesses to a frame first."""
+        if self.lets_through or host not in self._mmu.announced:
+            return False
+        self._mmu.refusal = Watched()
+        return True
 
     def _refuses_fetch(self, page: int, translation: Translation, leaf: int) -> bool:
         """Whether a page cannot be fetched, and is not code that is open for this very instruction."""

@@ -30,6 +30,7 @@ from vmm.mmu.refusals import (
     Refusal,
     Unjudged,
     Violation,
+    Watched,
 )
 from vmm.mmu.structures import NO_WRITER, GuestStructures
 from vmm.mmu.walk_cache import WalkCache
@@ -50,7 +51,8 @@ Control = tuple[int, int, int, int, bool]
 #: Answers a fill: (linear page, access) -> host address | permissions, or 0 to refuse.
 Fill = Callable[[int, int], int]
 
-_ACCESS: Final = {READ: Access.READ, WRITE: Access.WRITE, FETCH: Access.FETCH}
+#: The accesses of a fill in the words of ``vmm.paging``.
+ACCESSES: Final = {READ: Access.READ, WRITE: Access.WRITE, FETCH: Access.FETCH}
 _NEEDED: Final = {READ: R, WRITE: W, FETCH: X}
 #: What a leaf says of flags of the EPT that an access may have to set.
 _FLAGS_TO_SET: Final = CLEAN | HELD
@@ -84,6 +86,10 @@ class Mmu:
         self.refusal: Refusal | None = None
         #: Whether a W^X policy has to see each use of a permission to write or fetch before it is granted.
         self.judges = False
+        #: Of each host page with monitored bytes: the permissions (R, W) that the free-running engine never gets.
+        self.withheld: dict[int, int] = {}
+        #: Host pages with bytes where somebody is asked before an access.
+        self.announced: set[int] = set()
         #: None where fetches reach what loads and stores reach, as on a coherent processor.
         self.fetch_side: FetchSide | None = None
         #: The guest's page tables, for its walks.
@@ -130,6 +136,9 @@ class Mmu:
             if found is None or self.refuses(page, access, *found):
                 return 0
             translation, leaf = found
+            withheld = self.withheld.get(leaf & LEAF_ADDRESS, 0) if self.withheld else 0
+            if withheld and self._is_watched(access, withheld):
+                return 0
             if self.judges:
                 if self.is_unjudged(state, page, access, translation.gpa, leaf):
                     return 0
@@ -141,8 +150,8 @@ class Mmu:
                     return 0
             if access == FETCH:
                 self.fetched(page, leaf & LEAF_ADDRESS)
-                return leaf & (LEAF_ADDRESS | R * translation.readable) | X
-            return leaf & (LEAF_ADDRESS | R * translation.readable | W * translation.writable)
+                return leaf & (LEAF_ADDRESS | R * translation.readable) & ~withheld | X
+            return leaf & (LEAF_ADDRESS | R * translation.readable | W * translation.writable) & ~withheld
 
         return fill if self.fetch_side is None else self._fills_of_two_sides(fill, self.fetch_side, engine)
 
@@ -191,6 +200,13 @@ class Mmu:
             return 0
         return self._ept.dirty(gpa) if access == WRITE else leaf & ~W
 
+    def _is_watched(self, access: int, withheld: int) -> bool:
+        """Whether somebody monitors this kind of access to the frame; that is then the ``refusal``."""
+        if access == FETCH or not withheld & _NEEDED[access]:
+            return False
+        self.refusal = Watched()
+        return True
+
     def is_unjudged(self, control: Control, page: int, access: int, gpa: int, leaf: int) -> bool:
         """Whether the W^X policy must see this use of a permission first; that is then the ``refusal``."""
         root, host = space_of(control[0], control[1]), leaf & LEAF_ADDRESS
@@ -236,7 +252,7 @@ class Mmu:
             return None
         trail: list[tuple[int, int]] = []
         try:
-            translation = walk(self.structures, mode, cr3, page, _ACCESS[access], user=user, trail=trail)
+            translation = walk(self.structures, mode, cr3, page, ACCESSES[access], user=user, trail=trail)
         except PageFault as fault:
             if not (user and fault.error_code & 1 and self._is_system_access(engine, page, access)):
                 self.refusal = GuestFault(page, access, fault.error_code)
@@ -288,7 +304,7 @@ class Mmu:
         self, mode: PagingMode, cr3: int, page: int, access: int
     ) -> tuple[Translation, int] | None:
         try:
-            translation = walk(self.structures, mode, cr3, page, _ACCESS[access], user=False, implicit=True)
+            translation = walk(self.structures, mode, cr3, page, ACCESSES[access], user=False, implicit=True)
         except PageFault as fault:
             self.refusal = GuestFault(page, access, fault.error_code)
             return None

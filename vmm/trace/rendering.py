@@ -24,6 +24,7 @@ from vmm.exits import (
     Record,
     RefusedAccess,
     StaleExecution,
+    StaleTranslation,
     ViewEvent,
 )
 from vmm.guest.files import one_line
@@ -168,6 +169,18 @@ def _stale(record: StaleExecution, names: Names) -> Line:
     return Line("stale", names.code(record.rip), what, Style.BAD)
 
 
+def _stale_translation(record: StaleTranslation, names: Names) -> Line:
+    who = "the host" if record.writer is None else names.code(record.writer)
+    if record.time is None:
+        who = "somebody"
+    elif record.vcpu is not None and record.vcpu != record.writer_vcpu:
+        who += f" of vCPU {record.writer_vcpu}"
+    place = names.memory(record.gpa, record.gva)
+    changed = f"the {record.entry} at {record.place:#x} was {record.old:#x}, {who} has made it {record.new:#x}"
+    below = ((Style.BAD, f"missing: {record.missing}; {changed}"),)
+    return Line("stale TLB", names.code(record.rip), f"{record.access} of {place} by a stale mapping", Style.BAD, below)
+
+
 def _frame(record: FrameEvent, names: Names) -> Line:
     what = f"{record.gpa:#x}: {record.before} -> {record.after} ({record.cause})"
     return Line("frame", names.code(names.linked(record.gpa)), what, Style.QUIET)
@@ -242,6 +255,7 @@ _RENDERERS: Final[dict[type[Record], Callable[[Any, Names], Line]]] = {
     ViewEvent: _view,
     BlockEvent: _block,
     StaleExecution: _stale,
+    StaleTranslation: _stale_translation,
     LogEntry: _log,
     End: _end,
 }

@@ -7,7 +7,7 @@ through here, so that exactly the translations of the changed bytes die and ever
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from attrs import define
 
@@ -45,6 +45,16 @@ class SealedFrame(Exception):  # noqa: N818 - says what is in the way
         self.gpa = gpa
 
 
+class HiddenCode(Protocol):
+    """Fetch sides of frames that have something else on them than the frames (``vmm.monitors.hidden``)."""
+
+    def follow(self, hpa: int, size: int, cause: str) -> list[Block]:
+        """Bytes of code frames have changed; the blocks that died because they are executed."""
+
+    def moved(self, frame: Frame, cause: str) -> None:
+        """A frame has come into another state."""
+
+
 #: A change with the number of its instruction and the blocks that died of it.
 Entry = tuple[int, Change, list[Block]]
 
@@ -61,6 +71,8 @@ class Door:
     ) -> None:
         #: Hears of every write before and after it; None where nobody has to.
         self.sanitizer: Sanitizer | None = None
+        #: What is executed of frames with hidden patches; None where there is none.
+        self.hidden: HiddenCode | None = None
         #: Number of the last instruction (or host operation) that changed code bytes.
         self.instruction = 0
         #: Modifications so far.
@@ -104,6 +116,12 @@ class Door:
 
     def invalidate(self, change: Change, cause: str) -> list[Block]:
         """Drop the blocks that overlap bytes which really changed; identical bytes kill nothing."""
+        dead = self._invalidate(change, cause)
+        if self.hidden is not None:
+            return sorted(dead + self.hidden.follow(change.hpa, len(change.new), cause), key=by_number)
+        return dead
+
+    def _invalidate(self, change: Change, cause: str) -> list[Block]:
         runs = changed_runs(change.old, change.new)
         if len(runs) == 1:
             start, size = runs[0]

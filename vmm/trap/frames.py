@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vmm.ept import Permission
 from vmm.ept.sub_pages import SubPageTable
@@ -14,6 +14,9 @@ from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, FrameState
 from vmm.reporter import Reporter
 from vmm.translation import BlockCache
+
+if TYPE_CHECKING:
+    from vmm.trap.door import HiddenCode
 
 RW: Final = Permission.R | Permission.W
 #: Of memory without traps, which nothing executes freely.
@@ -43,6 +46,8 @@ class FrameControl:
         reporter: Reporter,
         check: bool,
     ) -> None:
+        #: What is executed of frames with hidden patches; None where there is none.
+        self.hidden: HiddenCode | None = None
         self._memory = memory
         self._ept = views.all[0].ept
         self._views = views
@@ -52,6 +57,8 @@ class FrameControl:
         self._window_closed = window_closed
         self._reporter = reporter
         self._check = check
+        #: Under strict staleness told of each GPA whose entry was changed and invalidated.
+        self.invalidate: Callable[[int], None] | None = None
 
     def permissions(self, frame: Frame) -> Permission:
         """What the EPT allows in the frame's state."""
@@ -80,6 +87,8 @@ class FrameControl:
         frame.judged.clear()
         if state in (FrameState.DATA, FrameState.WINDOW):
             self._blocks.invalidate(frame.hpa, PAGE, cause)
+        if self.hidden is not None:
+            self.hidden.moved(frame, cause)
         self._protect(frame, self.permissions(frame))
         self._flush()
         self._report(frame, before.value, state.value, cause)
@@ -119,12 +128,19 @@ class FrameControl:
             self._verify(frame)
 
     def protect(
-        self, frame: Frame, permissions: Permission, gpa: int, *, user_execute: bool | None = None
+        self,
+        frame: Frame,
+        permissions: Permission,
+        gpa: int,
+        *,
+        user_execute: bool | None = None,
+        invalidate: bool = True,
     ) -> None:
         """Change what the EPT allows for one GPA of a frame, at the host's wish.
 
         A frame that is to be writable is data from then on, one that is to be executable is code. Anything less
-        restricts its state, until that changes.
+        restricts its state, until that changes. What was cached is invalidated unless the host does not want that;
+        with a change of state it always is.
         """
         if frame.guarded:
             self._guard(frame, guarded=False)
@@ -133,6 +149,8 @@ class FrameControl:
         elif (permissions & Permission.X or user_execute) and not self._is_code(frame):
             self.move(frame, FrameState.CODE, "host")
         self._views.protect(frame, permissions, [gpa], user_execute=user_execute)
+        if invalidate and self.invalidate is not None:
+            self.invalidate(gpa)
         frame.overridden = True
         user = "" if user_execute is None else "u" if user_execute else "-"
         self._report(frame, frame.state.value, f"{permissions}{user}", "host")
@@ -162,6 +180,9 @@ class FrameControl:
 
     def _protect(self, frame: Frame, permissions: Permission) -> None:
         self._views.protect(frame, permissions)
+        if self.invalidate is not None:
+            for gpa in {*frame.gpas, *(gpa for _, gpa in frame.elsewhere)}:
+                self.invalidate(gpa)
 
     def _verify(self, frame: Frame) -> None:
         if self._check:

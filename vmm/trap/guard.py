@@ -6,12 +6,15 @@ one more and starts the instruction anew; nothing of it has happened before, so 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from attrs import define, field
 
+from vmm.cpu.context import Context
 from vmm.cpu.engine import READ, Stop
-from vmm.cpu.events import Vector
+from vmm.cpu.events import Event, Vector
 from vmm.ept import Permission
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
@@ -46,6 +49,11 @@ class StepGuard:
     exited: bool = False
     _pc: int = 0
 
+    @property
+    def start(self) -> int:
+        """The linear address of the instruction."""
+        return self._pc
+
     def begin(self, *, arrived: bool) -> None:
         """Start with an instruction; no frame is open. ``arrived`` is as for ``Mmu.begin_step``."""
         self.opened.clear()
@@ -68,24 +76,45 @@ class StepGuard:
         except BaseException:
             self._undo()
             raise
-        if stop is Stop.REFUSED and self.vcpu.context.pc != self._pc:
-            # Quirk "step-looks-ahead": after a branch the engine looks for the next block before it counts.
-            return Stop.STEPPED
-        if stop is not Stop.STEPPED and self.vcpu.step_memory.undo and not self._is_trap(stop):
+        stop = self._without_look_ahead(stop, self.vcpu.context)
+        if stop is not Stop.STEPPED and self.vcpu.step_memory.undo and not self.is_complete(stop):
             self._undo()
         return stop
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[tuple[Stop, bool]]:
+        """Execute the instruction for its accesses only: how it stops, and whether it completes but for an IN or OUT.
+
+        Within ``with``, memory and ``vcpu.stepping`` show what it does; behind it nothing of it has happened.
+        """
+        try:
+            stop, context = self.vcpu.stepping.rehearse(self.vcpu.context)
+            stop = self._without_look_ahead(stop, context)
+            yield stop, stop is Stop.EXACT or self.is_complete(stop, context)
+        finally:
+            self._undo()
+
+    def _without_look_ahead(self, stop: Stop, context: Context) -> Stop:
+        """Quirk "step-looks-ahead": after a branch the engine looks for the next block before it counts."""
+        return Stop.STEPPED if stop is Stop.REFUSED and context.pc != self._pc else stop
 
     def _undo(self) -> None:
         self.vcpu.step_memory.roll_back()
         self.vcpu.stepping.writes.clear()
 
-    def _is_trap(self, stop: Stop) -> bool:
-        """Whether an exception came after the instruction (#DB by TF, INT n), not instead of it.
+    def is_complete(self, stop: Stop, context: Context | None = None) -> bool:
+        """Whether the instruction has executed; an exception may come after it (#DB by TF, INT n) or instead of it.
 
         RIP does not tell after an iteration of REP, and for a jump to itself.
         """
+        context = context or self.vcpu.context
+        after = context.pc != self._pc or context.vector == Vector.DB
+        return stop is Stop.STEPPED or (stop is Stop.INTERRUPT and after)
+
+    def trapped(self, outcome: Stop | Event | None) -> bool:
+        """Whether the instruction completed and ends in a debug trap, before which an MTF exit comes."""
         context = self.vcpu.context
-        return stop is Stop.INTERRUPT and (context.pc != self._pc or context.vector == Vector.DB)
+        return outcome is Stop.INTERRUPT and context.vector == Vector.DB and not context.by_instruction
 
     def close(self) -> list[Entry]:
         """Restore execute-only and drop what is stale; what the instruction changed in code frames, for ``publish``."""

@@ -19,7 +19,8 @@ window is refused.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final
 
 from attrs import define, frozen
 
@@ -32,7 +33,7 @@ from vmm.errors import OptionError
 from vmm.exits import EptViolation, ExitReason, Mtf
 from vmm.memory import PAGE
 from vmm.memory.frames import Frame, Frames, FrameState
-from vmm.mmu import CurrentInstruction, Mmu, Unjudged, Violation
+from vmm.mmu import CurrentInstruction, Mmu, Unjudged, Violation, Watched
 from vmm.mmu.refusals import PagingStructureViolation, Refusal
 from vmm.reporter import Reporter
 from vmm.trap.door import Door, SealedFrame
@@ -41,6 +42,9 @@ from vmm.trap.guard import StepGuard
 from vmm.trap.refusal import GENERAL_PROTECTION, Refusals
 from vmm.trap.sub_pages import SubPages
 from vmm.trap.virtualization import VIRTUALIZATION_EXCEPTION, VirtualizationExceptions
+
+if TYPE_CHECKING:
+    from vmm.monitors.watcher import Watcher
 
 #: Trapped writes to one frame after which the adaptive policy opens a window, and trapped reads after which it grants
 #: reads.
@@ -93,8 +97,12 @@ class Trap:
     exceptions: VirtualizationExceptions | None = None
     #: Whether what a view forbids, and no handler wants, becomes a #GP of the guest instead of the end of the run.
     denials_fault: bool = False
+    #: Under strict staleness told of each stepped instruction: what it may have written, from before, and its address.
+    stepped: Callable[[Mapping[int, bytes], int], None] | None = None
     #: Judges stores to guarded frames; None without sub-page write permissions.
     sub_pages: SubPages | None = None
+    #: Tells monitors of what instructions do; None while there are none.
+    watcher: Watcher | None = None
 
     def answer(self, violation: Violation) -> Stop | Event | None:
         """Answer one violation of the free-running engine.
@@ -132,14 +140,24 @@ class Trap:
 
         Returns None if it completed, else what the run loop has to answer.
         """
+        if self.watcher is not None:
+            return self.watcher.step(violation)
+        return self.step_unwatched(violation)
+
+    def step_unwatched(self, violation: Violation | None) -> Stop | Event | None:
+        """``step``, with nobody told that the instruction is about to execute, or has."""
         guard = self.guard
         guard.begin(arrived=violation is not None)
         try:
             outcome = self._let_through(violation)
+            if self.watcher is not None:
+                self.watcher.look(outcome)
         finally:
             entries = guard.close()
+        if self.stepped is not None:
+            self.stepped(guard.vcpu.step_memory.undo, guard.vcpu.step_memory.pc)
         try:
-            if guard.exited and outcome is Stop.STEPPED:
+            if guard.exited and (outcome is Stop.STEPPED or guard.trapped(outcome)):
                 self.reporter.count(ExitReason.MTF)
                 if self.reporter.observed:
                     self.reporter.exit(Mtf(rip=guard.vcpu.context.pc))
@@ -155,14 +173,18 @@ class Trap:
                 if self._guest_forbids(refusal):
                     return Stop.REFUSED
                 decision = self._admit(refusal)
+            elif isinstance(refusal, Watched) and self.watcher is not None:
+                decision = self.watcher.announce()
             else:
                 decision = self.answer_use(refusal) if isinstance(refusal, Unjudged) else None
             if decision is not None:
                 return decision
             stop = self.guard.attempt()
             refusal = self.mmu.refusal
-            if stop is not Stop.REFUSED or not isinstance(refusal, Violation | Unjudged):
+            if stop is not Stop.REFUSED or not isinstance(refusal, Violation | Unjudged | Watched):
                 return stop
+            if self.watcher is not None:
+                self.watcher.refused()
 
     def _is_stepped(self, violation: Violation) -> bool:
         """Whether the answer is to let one instruction through."""

@@ -1,0 +1,2 @@
+.set WRONG, 1
+.include "hidden-hook/guest.S"

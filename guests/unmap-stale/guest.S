@@ -1,0 +1,2 @@
+.set WRONG, 1
+.include "unmap/guest.S"
