@@ -135,6 +135,22 @@ class TestFull:
         assert len(seen) == 1
         assert seen[0] == (0, bytes(2 * PAGE), [(False, False), (False, False)])
 
+    @pytest.mark.parametrize("single_step", [False, True])
+    def test_also_if_only_the_dirty_flag_is_to_be_set(self, single_step):
+        source = f"mov ecx, [{DATA}]; vmcall; mov dword ptr [{DATA}], 0x1234\n{END}"
+        made = build(source, options=RunOptions(ept=LOGGING, single_step=single_step))
+        machine, seen = made.machine, []
+        machine.on(Vmcall)(lambda _: setattr(machine.ept.log, "index", 0xFFFF))
+
+        @machine.on(PageModificationLogFull)
+        def full(_exit):
+            entry = machine.ept.entry(DATA)
+            seen.append((entry.accessed, entry.dirty, machine.read(DATA, 4)))
+
+        machine.run()
+        assert seen == [(True, False, bytes(4))]
+        assert machine.read(DATA, 2) == b"\x34\x12"
+
     def fill(self, machine):
         """Have every flag set that the code needs, then no room."""
 

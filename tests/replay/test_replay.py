@@ -258,6 +258,23 @@ class TestHostProgram:
         assert inputs(trace)[0] == ("write", 0)
         assert_comes_again(tmp_path / "t", trace)
 
+    def test_what_it_did_to_the_ept(self, tmp_path):
+        """A log that was drained, sub-pages, modes of execution: what they make of the run comes again, too."""
+        folder = guest(tmp_path / "g", "mov byte ptr [0x12080], 1; mov byte ptr [0x12000], 1; vmcall\nout 0xf4, al")
+        profile = EptProfile(
+            accessed_dirty=True, mode_based_execute=True, page_modification_log=True, sub_page_write=True
+        )
+
+        def act(machine):
+            machine.protect_sub_pages(0x12000, 1 << 1)
+            machine.protect(0x10000, 0x1000, Permission.R, user_execute=True)
+            machine.on(Vmcall)(lambda _: machine.drain_log(clean=True) and None)
+
+        trace = recorded(tmp_path / "t", folder, RunOptions(ept=profile), prepare=act)
+        assert [name for name, _ in inputs(trace)] == ["sub-pages", "protect", "drain"]
+        assert trace.count(b'"kind": "log"') > 1
+        assert_comes_again(tmp_path / "t", trace)
+
     def test_actions_within_actions_keep_their_places(self, tmp_path):
         """An observer acts at the first of two records of another one's action; that one acts once more after both."""
 

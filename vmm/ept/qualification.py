@@ -92,7 +92,8 @@ class Qualification:
     def __str__(self) -> str:
         kinds = [name for name in ("read", "write", "fetch") if getattr(self, name)]
         where = "" if self.final else " of a paging structure"
-        return f"{'+'.join(kinds) or 'no access'}{where} where the EPT allows {self.allowed}"
+        user = "u" if self.user_executable else ""
+        return f"{'+'.join(kinds) or 'no access'}{where} where the EPT allows {self.allowed}{user}"
 
 
 @lru_cache(maxsize=512)

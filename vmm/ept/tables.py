@@ -295,7 +295,7 @@ class ExtendedPageTables:
             raise OptionError(f"GPA {gpa:#x} is not mapped", where="EPT", fix="map it first")
         allow = self._structures.allow[permissions]
         if user_execute is not None:
-            allow = self._present & (allow & ~USER_EXECUTE | user_execute * USER_EXECUTE)
+            allow = allow & ~USER_EXECUTE | user_execute * USER_EXECUTE
         raw = table[index] = table[index] & ~self._present | allow
         if above and raw & self._checked == _WRITE_BACK and user_execute is None and self._sound[permissions]:
             self._leaves[gpa >> 12] = raw & (ADDRESS_MASK | above)

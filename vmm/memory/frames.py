@@ -12,6 +12,8 @@ stepping     RW- or R--           latched copy  the end of the one instruction: 
 window       RW-                  no            next fetch: code
 sealed       --- or R--           X             never; a store is refused
 ===========  ===================  ============  =========================================================
+
+A frame that is *guarded* is R-- as data and window: the sub-page permission table judges each store.
 """
 
 from __future__ import annotations
