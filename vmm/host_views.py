@@ -16,6 +16,7 @@ from vmm.inputs import AddView, EptpList, Inputs, Remap, Restrict, SwitchView, V
 from vmm.memory import PAGE
 from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.reporter import Reporter
+from vmm.trap.frames import FrameControl
 from vmm.vcpu import VirtualCpu
 
 
@@ -34,6 +35,7 @@ class HostViews:
     vcpus: list[VirtualCpu]
     fields: list[ControlFields]
     keeps_wx: bool
+    control: FrameControl
     flush: Callable[[], None]
 
     def __len__(self) -> int:
@@ -81,7 +83,7 @@ class HostViews:
         with self.inputs.during(Restrict(view, gpa, size, access, convertible)):
             for page, _ in pages:
                 self.all.restrict(limited, page, access, convertible=convertible)
-            self._changed([frame for _, frame in pages])
+            self._changed(pages)
             self._tell("restricted", view, gpa=gpa, size=size, access=str(access))
 
     def remap(self, view: int, gpa: int, target: int, size: int) -> None:
@@ -98,12 +100,12 @@ class HostViews:
         if not view or self.keeps_wx:
             what, fix = ("view 0", "use alias") if not view else ("a W^X policy", "restrict views only")
             raise OptionError(what, where="remap", fix=fix)
-        frames = [frame for _, frame in self._pages(self.all.at(0), target, size)]
+        pages = [(gpa + at - target, frame) for at, frame in self._pages(self.all.at(0), target, size)]
         self._refuse_sealed(changed, gpa, size)
         with self.inputs.during(Remap(view, gpa, target, size)):
-            for offset, frame in zip(range(0, size, PAGE), frames, strict=True):
-                self.all.remap(changed, gpa + offset, frame)
-            self._changed(frames)
+            for page, frame in pages:
+                self.all.remap(changed, page, frame)
+            self._changed(pages)
             self._tell("mapped", view, gpa=gpa, size=size, target=target)
 
     def set_eptp_list(self, entries: Sequence[int], *, vcpu: int = 0) -> None:
@@ -154,12 +156,15 @@ class HostViews:
             if before is not None and self.frames.at(before).state is FrameState.SEALED:
                 raise OptionError(f"GPA {page:#x} is sealed", where="remap", fix="sealed code stays where it is")
 
-    def _changed(self, frames: list[Frame]) -> None:
+    def _changed(self, pages: list[tuple[int, Frame]]) -> None:
         """Entries of a view say something else by now; so do the VMM's own tables, if they are among the frames."""
+        if self.control.invalidate is not None:
+            for page, _ in pages:
+                self.control.invalidate(page)
         for vcpu in self.vcpus:
             vcpu.mmu.frames_changed()
             vcpu.mmu.forget_all_fetches()
-            if any(self.frames.is_system(frame.hpa) for frame in frames):
+            if any(self.frames.is_system(frame.hpa) for _, frame in pages):
                 vcpu.mmu.tables_changed()
         self.flush()
 

@@ -109,6 +109,7 @@ class Machine:
             self.vcpus,
             self._fields,
             keeps_wx=self.keeps_wx,
+            control=self.control,
             flush=self._flush,
         )
         self.inputs.contexts = [vcpu.context for vcpu in self.vcpus]

@@ -343,9 +343,9 @@ class Processor:
         return not self.vcpu.instruction.decoded.length
 
     def _is_stepped_first(self, refusal: Violation | Unjudged | Watched) -> bool:
-        """Whether to see what a step makes of it.
+        """Whether to see what a step makes of it: it is monitored, or too early to judge a fetch.
 
-        It is monitored, or it is too early for the W^X policy to judge a fetch, or for a view to be against it.
+        W^X policies and views judge fetches that happen; the EPT's own answer to one that comes early harms nobody.
         """
         if isinstance(refusal, Watched):
             return True
@@ -362,8 +362,8 @@ class Processor:
 
     def _raise(self, event: Event) -> None:
         """An exception or software interrupt of the guest: a VM exit, then its delivery."""
-        plain = event.type in (EventType.SOFTWARE_INTERRUPT, EventType.OTHER_EVENT)
-        if plain or event is VIRTUALIZATION_EXCEPTION:
+        of_guest = event.type in (EventType.SOFTWARE_INTERRUPT, EventType.OTHER_EVENT)
+        if of_guest or event is VIRTUALIZATION_EXCEPTION:
             self._deliver(event)
             return
         self.reporter.count(ExitReason.EXCEPTION_OR_NMI)

@@ -22,8 +22,8 @@ CAUSES: dict[str, str] = {
     "dual-mapping-rwx": "because: the compiler writes by the view that runs: that page is writable and executable",
     "translator-by-address": "because: the STORE went through the other address of the same frame",
     "toolpath-unsynchronised": "the controller must synchronise after it",
-    "unmap-stale": "because: the kernel has cleared the entry and not invalidated it",
     "vmfunc-views-open": "a VMFUNC of its own would let it in",
+    "unmap-stale": "because: the kernel has cleared the entry and not invalidated it",
     "w-xor-x-rwx": "the page that the compiler writes its code to must not be executable while it is written",
 }
 

@@ -88,7 +88,7 @@ class ExtendedPageTables:
         """An EPT with the same entries, its PML4 table at the host-physical address ``root``; nothing is cached."""
         made = ExtendedPageTables(self.profile)
         made._structures = self._structures.copy(root)
-        made.log, made.sub_pages = self.log, self.sub_pages
+        made.log, made.sub_pages, made.entry_written = self.log, self.sub_pages, self.entry_written
         return made
 
     # The processor's way

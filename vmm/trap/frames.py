@@ -181,7 +181,7 @@ class FrameControl:
     def _protect(self, frame: Frame, permissions: Permission) -> None:
         self._views.protect(frame, permissions)
         if self.invalidate is not None:
-            for gpa in frame.gpas:
+            for gpa in {*frame.gpas, *(gpa for _, gpa in frame.elsewhere)}:
                 self.invalidate(gpa)
 
     def _verify(self, frame: Frame) -> None:

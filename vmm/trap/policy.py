@@ -93,12 +93,12 @@ class Trap:
     guard: StepGuard
     reporter: Reporter
     refusals: Refusals
-    #: Under strict staleness told of each stepped instruction: what it may have written, from before, and its address.
-    stepped: Callable[[Mapping[int, bytes], int], None] | None = None
     #: None on a processor without EPT-violation #VE.
     exceptions: VirtualizationExceptions | None = None
     #: Whether what a view forbids, and no handler wants, becomes a #GP of the guest instead of the end of the run.
     denials_fault: bool = False
+    #: Under strict staleness told of each stepped instruction: what it may have written, from before, and its address.
+    stepped: Callable[[Mapping[int, bytes], int], None] | None = None
     #: Judges stores to guarded frames; None without sub-page write permissions.
     sub_pages: SubPages | None = None
     #: Tells monitors of what instructions do; None while there are none.
