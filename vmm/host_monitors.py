@@ -12,8 +12,8 @@ from vmm.monitors import HiddenPatch, HiddenPatches, Monitor, Monitors, Watcher
 from vmm.monitors.monitor import After, Before, Condition
 
 if TYPE_CHECKING:
+    from vmm.assembly import Assembly
     from vmm.block_events import BlockEvents
-    from vmm.machine import Machine
 
 _ACCESSES: Final = frozenset("rwx")
 
@@ -23,7 +23,7 @@ class HostMonitors:
 
     def __init__(
         self,
-        machine: Machine,
+        machine: Assembly,
         events: list[BlockEvents],
         flush: Callable[[], None],
         forget_fetches: Callable[[], None],

@@ -6,51 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Self
 
-from vmm.block_events import BlockEvents, reporting
-from vmm.coherence import Coherence, FetchSides, FetchView, Sanitizer
-from vmm.control_fields import ControlFields
+from vmm.assembly import Assembly
 from vmm.cpu.events import Event, EventType
-from vmm.cpu.features import pc_cpuid
-from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Workpiece
-from vmm.devices.from_manifest import attach_inputs
-from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
-from vmm.ept import ExtendedPageTables, Permission
+from vmm.ept import Permission
 from vmm.ept.bits import ADDRESS_MASK
-from vmm.ept.views import Views
 from vmm.errors import OptionError
 from vmm.exits import End, FrameEvent, Record
-from vmm.guest import boot
-from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest, load_guest
-from vmm.guest.manifest import WorkpieceSpec
-from vmm.host_memory import HostMemory
-from vmm.host_monitors import HostMonitors
-from vmm.host_views import HostViews
-from vmm.inputs import Answer, DrainLog, Inject, Inputs, Interrupt, Invept, Invvpid, MonitorTrap, Stop
-from vmm.instruction_exits import InstructionExits
-from vmm.linear import GuestLinearMemory
-from vmm.memory import PAGE, GuestMemory
-from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.inputs import Answer, DrainLog, Inject, Interrupt, Invept, Invvpid, MonitorTrap, Stop
 from vmm.monitors import HiddenPatch, Monitor
 from vmm.monitors.monitor import After, Before, Condition
-from vmm.pc import Pc
-from vmm.processor import Processor
-from vmm.reporter import E, Handler, Observer, Reporter
-from vmm.run_loop import RunLoop
-from vmm.run_options import RunOptions, with_policy
-from vmm.run_state import RunState
-from vmm.scheduler import Scheduler
-from vmm.tlb import StrictTlb
-from vmm.translation import BlockCache
-from vmm.trap.door import Door
-from vmm.trap.frames import RW, RWX, FrameControl, verify_frame
-from vmm.trap.guard import StepGuard
-from vmm.trap.log import LogKeeper
-from vmm.trap.policy import Trap, TrapPolicy
-from vmm.trap.refusal import Refusals
-from vmm.trap.sub_pages import SubPages
-from vmm.trap.virtualization import VirtualizationExceptions
-from vmm.vcpu import VirtualCpu, verify_engine
+from vmm.reporter import E, Handler, Observer
+from vmm.run_options import RunOptions
+from vmm.trap.frames import verify_frame
+from vmm.vcpu import VirtualCpu
 
 
 class Machine:
@@ -61,89 +30,37 @@ class Machine:
     """
 
     def __init__(self, guest: Guest, options: RunOptions | None = None) -> None:
-        verify_engine()
         self.options: Final = options or RunOptions()
-        guest = with_policy(guest, self.options)
-        self.guest: Final = guest
-        state = guest.boot or boot.build(guest)
-        self.inputs: Final = Inputs()
-        self.reporter: Final = Reporter(guest.manifest.limits.exits, self.inputs)
-        self.ports: Final = PortBus(self.inputs)
-        model = self.options.coherence or Coherence(guest.manifest.policy.coherence)
-        if not (self.options.traps or model is Coherence.COHERENT):
-            what = f"no traps in the coherence model {model.value}"
-            raise OptionError(what, where="options", fix="give one of the two: the model rests on traps")
-        twins = 0 if model is Coherence.COHERENT else len(state.cpus)
-        self.memory: Final = GuestMemory(state.memory + len(state.system.data), twins=twins)
-        self.frames: Final = Frames(state.memory, state.system.gpa)
-        self.ept: Final = ExtendedPageTables(self.options.ept or guest.manifest.ept, host_size=self.memory.size)
-        self._views: Final = Views(self.ept, self.frames, self._allowed)
-        self.blocks: Final = BlockCache(self._forget, capacity=self.options.capacity)
-        self.door: Final = Door(self.memory, self.frames, self.blocks, self.reporter)
-        self._several = len(state.cpus) > 1
-        self._exits: Final[list[InstructionExits]] = []
-        self.control: Final = FrameControl(
-            self.memory,
-            self._views,
-            self.blocks,
-            home=self.memory.home,
-            flush=self._flush,
-            window_closed=lambda frame: self.door.journal_window(frame, self._current.mmu),
-            reporter=self.reporter,
-            check=self.options.check,
-        )
-        self.state: Final = RunState(self.reporter, self._stop_engines)
+        parts = Assembly(guest, self.options)
+        self._parts: Final = parts
+        self.guest: Final = parts.guest
+        self.inputs: Final = parts.inputs
+        self.reporter: Final = parts.reporter
+        self.ports: Final = parts.ports
+        self.memory: Final = parts.memory
+        self.frames: Final = parts.frames
+        self.ept: Final = parts.ept
+        self.blocks: Final = parts.blocks
+        self.door: Final = parts.door
+        self.control: Final = parts.control
+        self.state: Final = parts.state
         #: Strict staleness (``docs/tlb.md``); None where translations are cached as it comes.
-        self.tlb: Final = self._make_tlb() if guest.manifest.policy.tlb == "strict" else None
+        self.tlb: Final = parts.tlb
         #: Watches for stale code under a weaker coherence model; None where code is coherent.
-        self.sanitizer: Final = None if model is Coherence.COHERENT else self._make_sanitizer(model, len(state.cpus))
+        self.sanitizer: Final = parts.sanitizer
         #: The vCPUs, by number.
-        self.vcpus: Final = [self._make_vcpu(number) for number in range(len(state.cpus))]
-        self._fields: Final = [ControlFields() for _ in self.vcpus]
+        self.vcpus: Final = parts.vcpus
         #: Views of the EPT.
-        self.views: Final = HostViews(
-            self._views,
-            self.frames,
-            self.inputs,
-            self.reporter,
-            self.vcpus,
-            self._fields,
-            keeps_wx=self.keeps_wx,
-            control=self.control,
-            flush=self._flush,
-        )
-        self.inputs.contexts = [vcpu.context for vcpu in self.vcpus]
-        self.loop: Final = self._make_loop()
-        self.host_memory: Final = HostMemory(
-            self.memory,
-            self.frames,
-            self._views,
-            self.blocks,
-            self.control,
-            self.door,
-            self.inputs,
-            self.vcpus,
-            keeps_wx=self.keeps_wx,
-            current=lambda: self._current.mmu,
-            flush=self._flush,
-            tlb=self.tlb,
-        )
+        self.views: Final = parts.views
+        self.loop: Final = parts.loop
+        self.host_memory: Final = parts.host_memory
+        #: Monitors and hidden patches (see ``monitor``, ``hook`` and ``patch_hidden``).
+        self.monitors: Final = parts.monitors
+        self.console: Final = parts.console
+        #: The devices of a PC; None where the guest has nothing but a few ports.
+        self.pc: Final = parts.pc
         #: How the run ended, once it has.
         self.end: End | None = None
-        self._log: Final = self._keep_log()
-        self._events: Final = [self._hear(processor) for processor in self.loop.processors]
-        #: Monitors and hidden patches (see ``monitor``, ``hook`` and ``patch_hidden``).
-        self.monitors: Final = HostMonitors(self, self._events, self._flush, self._forget_fetches)
-        if self.options.block_events:
-            self.blocks.observer = reporting(
-                self.frames, self.reporter, self.memory.home, several=self._several
-            )
-        self.console: Final = ConsolePort(self._print)
-        self._printers: list[Callable[[bytes], None]] = []
-        #: The devices of a PC; None where the guest has nothing but a few ports.
-        self.pc: Final = self._make_pc() if guest.is_pc else None
-        self._attach_devices()
-        self._load(state)
 
     @classmethod
     def from_manifest(cls, path: str | Path, options: RunOptions | None = None) -> Machine:
@@ -162,7 +79,7 @@ class Machine:
         ``check``), ``GuestError`` where a documented deviation from hardware stops the guest, and whatever a handler
         raises.
         """
-        if not self._current.free.open:
+        if not self._parts.current.free.open:
             raise OptionError("the machine is closed", where="run", fix="make a new one from the same guest")
         limits = self.guest.manifest.limits
         seconds = limits.seconds if self.options.seconds is None else self.options.seconds
@@ -189,9 +106,9 @@ class Machine:
 
     def where(self) -> str:
         """Where the guest is, in a line: address, symbol, mode, ring."""
-        context = self._current.context
+        context = self._parts.current.context
         label = self.guest.image.symbols.label(context.pc)
-        which = f", vCPU {self._current.number}" if self._several else ""
+        which = f", vCPU {self._parts.current.number}" if self._parts.several else ""
         place = f"{context.pc:#x}{f' ({label})' if label else ''}"
         return f"guest at {place}, {context.mode} mode, ring {context.cpl}{which}"
 
@@ -235,7 +152,7 @@ class Machine:
 
     def on_output(self, printer: Callable[[bytes], None]) -> None:
         """Have what the guest prints handed to ``printer``, piece by piece."""
-        self._printers.append(printer)
+        self._parts.printers.append(printer)
 
     def inject(self, event: Event) -> None:
         """Deliver an event at the next VM entry of the vCPU at work, whatever its interrupt flag (event injection)."""
@@ -253,7 +170,7 @@ class Machine:
             raise OptionError(f"vCPU {vcpu}", where="interrupt", fix=fix)
         event = Event(vector, EventType.EXTERNAL_INTERRUPT)
         self.inputs.note(Interrupt(vector, vcpu))
-        self._raise_interrupt(event.vector, vcpu)
+        self._parts.raise_interrupt(event.vector, vcpu)
 
     def monitor_trap_flag(self, vcpu: int = 0, *, on: bool = True) -> None:
         """Switch the "monitor trap flag" VM-execution control of a vCPU (SDM vol. 3, 26.5.2).
@@ -271,7 +188,7 @@ class Machine:
     def answer(self, value: int) -> None:
         """Let the IN whose exit is being reported read ``value``, cut to its size."""
         self.inputs.note(Answer(value))
-        self._exits[self._current.number].override = value
+        self._parts.exits[self._parts.current.number].override = value
 
     @property
     def vcpu(self) -> VirtualCpu:
@@ -354,11 +271,11 @@ class Machine:
         cleared, so that the next write to one is logged again. Raises ``OptionError`` where nothing is logged: it
         takes an EPT profile with ``page_modification_log`` and ``accessed_dirty``.
         """
-        if self._log is None:
+        if self._parts.log is None:
             fix = "give a profile with page_modification_log and accessed_dirty"
             raise OptionError("nothing is logged", where="page-modification log", fix=fix)
         with self.inputs.during(DrainLog(clean)):
-            return self._log.drain(clean=clean)
+            return self._parts.log.drain(clean=clean)
 
     def invept(self, eptp: int | None = None) -> None:
         """INVEPT on every vCPU, single-context for the EPT that ``eptp`` selects or, with None, all-context.
@@ -370,7 +287,7 @@ class Machine:
         self.inputs.note(Invept(eptp))
         if self.tlb is not None:
             self.tlb.invept(None if eptp is None else eptp & ADDRESS_MASK)
-        self._flush()
+        self._parts.flush()
 
     def invvpid(self, type: int, *, vpid: int | None = None, linear: int | None = None) -> None:  # noqa: A002 - the manual's word
         """INVVPID of a type: 0 individual address, 1 single context, 2 all contexts, 3 single context but globals.
@@ -386,12 +303,12 @@ class Machine:
         self.inputs.note(Invvpid(type, vpid, linear))
         if self.tlb is not None:
             self.tlb.invvpid(type, vpid, linear)
-        self._flush()
+        self._parts.flush()
 
     def verify(self) -> None:
         """Check the rules of the trap for every frame, if there is a trap; raises ``InvariantError``."""
         for frame in self.frames if self.options.traps else ():
-            verify_frame(self._views, self.blocks, frame)
+            verify_frame(self._parts.every_view, self.blocks, frame)
 
     # Monitors, hooks, hidden patches
 
@@ -447,7 +364,7 @@ class Machine:
     @property
     def keeps_wx(self) -> bool:
         """Whether the run has a W^X policy."""
-        return self.guest.manifest.policy.wx != "off"
+        return self._parts.keeps_wx
 
     @property
     def stale(self) -> int:
@@ -462,197 +379,12 @@ class Machine:
     @property
     def seed(self) -> int:
         """The seed of the interleaving, from the options or the manifest: 64 bits."""
-        return self.guest.manifest.schedule.seed if self.options.seed is None else self.options.seed
+        return self._parts.seed
 
     @property
     def audited(self) -> int:
         """Block entries that the auditor has checked."""
-        return sum(events.auditor.entries for events in self._events)
-
-    # Putting it together
-
-    def _make_sanitizer(self, model: Coherence, vcpus: int) -> Sanitizer:
-        sides = FetchSides(vcpus, self.memory, self.blocks, self._flush, self._forget_fetches)
-        sanitizer = Sanitizer(model, sides, self.memory, self.frames, self.reporter)
-        self.door.sanitizer = sanitizer
-        self.reporter.interactive = True  # so that what is stale is reported before the exit that comes after it
-        return sanitizer
-
-    def _make_tlb(self) -> StrictTlb:
-        tlb = StrictTlb(self.memory, self.reporter, self._flush)
-        self.control.invalidate = tlb.invalidate_gpa
-        self.ept.entry_written = tlb.ept_entry_written
-        return tlb
-
-    def _make_vcpu(self, number: int) -> VirtualCpu:
-        exits = InstructionExits(self.ports, self.reporter)
-        vcpu = VirtualCpu(
-            self.memory,
-            self._views.all[0],
-            self.frames,
-            self.blocks,
-            exits,
-            number=number,
-            hears_entries=self.options.audit or self._several or self.sanitizer is not None,
-            counts_entries=self.guest.is_pc,
-            view=None if self.sanitizer is None else FetchView(self.sanitizer, number),
-            tlb=self.tlb,
-        )
-        vcpu.pace.counts = self._several or self.sanitizer is not None
-        exits.instruction = vcpu.instruction
-        self._exits.append(exits)
-        return vcpu
-
-    def _make_loop(self) -> RunLoop:
-        scheduler = Scheduler(self.seed, self.guest.manifest.schedule.quantum)
-        return RunLoop([self._make_processor(vcpu) for vcpu in self.vcpus], scheduler, self.state, self.reporter)
-
-    def _make_processor(self, vcpu: VirtualCpu) -> Processor:
-        policy = self.guest.manifest.policy
-        guard = StepGuard(self.memory, self.frames, self.control, self.door, vcpu)
-        refusals = Refusals(
-            policy.wx, self.frames, vcpu.mmu, vcpu.context, vcpu.instruction, self.reporter, finish=self.state.finish
-        )
-        if refusals.keeps_wx:
-            vcpu.mmu.judges = True
-            self.door.written = self.control.open_window
-        trap = Trap(
-            TrapPolicy(policy.reads, policy.writes),
-            self.frames,
-            self.control,
-            self.door,
-            vcpu.mmu,
-            vcpu.instruction,
-            guard,
-            self.reporter,
-            refusals,
-        )
-        linear = GuestLinearMemory(self.memory, vcpu.mmu, self.door, vcpu.context, refusals)
-        if self.ept.sub_pages is not None:
-            trap.sub_pages = SubPages(
-                vcpu.mmu, self.ept.sub_pages, vcpu.instruction, self.reporter, finish=self.state.finish
-            )
-        stepped = self.options.single_step or not self.options.traps
-        if self.tlb is not None:
-            trap.stepped = self.tlb.written
-        fields = self._fields[vcpu.number]
-        if self.ept.profile.virtualization_exceptions:
-            trap.exceptions = VirtualizationExceptions(
-                self.memory, self.frames, self.door, vcpu.mmu, vcpu.context, fields
-            )
-        trap.denials_fault = self.guest.manifest.views.denied == "fault"
-        processor = Processor(
-            vcpu, trap, self.blocks, self.reporter, linear, self.state, stepped, self._views, fields, self.tlb
-        )
-        self._exits[vcpu.number].inject = processor.pending.append
-        return processor
-
-    def _hear(self, processor: Processor) -> BlockEvents:
-        return BlockEvents(
-            processor.vcpu, self.memory, self.blocks, processor.step_over, audit=self.options.audit
-        )
-
-    def _keep_log(self) -> LogKeeper | None:
-        if self.ept.log is None:
-            return None
-        keeper = LogKeeper(self.ept.log, self._views, self.reporter, self._flush)
-        for processor in self.loop.processors:
-            processor.log = keeper
-        return keeper
-
-    def _make_pc(self) -> Pc:
-        """A PC's board for the first vCPU, whose time is the machine's."""
-        processor = self.loop.processors[0]
-        countdown = processor.vcpu.free.countdown
-        assert countdown is not None
-        pc = Pc(self.reporter, countdown, self.console.emit, lambda: self.state.finish("reset", {}))
-        processor.board = pc
-        self._exits[0].clock, self._exits[0].features = pc.now, pc_cpuid
-        return pc
-
-    def _raise_interrupt(self, vector: int, vcpu: int) -> None:
-        self.loop.processors[vcpu].interrupts.add(vector)
-
-    def _attach_devices(self) -> None:
-        manifest = self.guest.manifest
-        if self.pc is not None:
-            self.pc.attach(self.ports)
-        self.ports.attach(self.console, manifest.console.port, inside=True)
-        if manifest.end.port is not None:
-            ended = DebugExit(lambda port, value: self.state.finish("port", {"port": port, "value": value}))
-            self.ports.attach(ended, manifest.end.port, inside=True)
-        if manifest.ipi.port is not None:
-            ipi = InterprocessorPort(len(self.vcpus), lambda: self._current.number, self._raise_interrupt)
-            self.ports.attach(ipi, manifest.ipi.port, inside=True)
-        if manifest.workpiece is not None:
-            self._attach_workpiece(manifest.workpiece)
-        attach_inputs(self.ports, manifest, data=self.options.input, time=self.options.time)
-
-    def _attach_workpiece(self, spec: WorkpieceSpec) -> None:
-        workpiece = Workpiece(spec.port, spec.flaws, spec.lead, lambda: self._raise_interrupt(spec.vector, 0))
-        self.ports.attach(workpiece, spec.port, WORKPIECE_PORTS, inside=True)
-
-    def _load(self, state: BootState) -> None:
-        """Put the guest into memory and registers; image segments become code frames where the manifest says so."""
-        self.ept.map_range(0, 0, state.memory, RW if self.options.traps else RWX)
-        system = state.system
-        self.ept.map_range(system.gpa, state.memory, len(system.data), RW)
-        for gpa, data in state.writes:
-            self.memory.write(gpa, data)
-        self.memory.write(state.memory, system.data)
-        state_of_code = FrameState.SEALED if self.guest.manifest.policy.code == "seal" else FrameState.CODE
-        for gpa in state.code_frames if self.options.traps else ():
-            self.control.move(self.frames.at(gpa), state_of_code, "image")
-        for each in self.guest.manifest.ept_maps if self.options.traps else ():
-            self.protect(each.gpa, each.length, each.access, user_execute=each.user_execute)
-            for gpa in range(each.gpa, each.gpa + each.length, PAGE) if each.sub_pages else ():
-                self.protect_sub_pages(gpa, each.sub_pages)
-        for vcpu in self.vcpus:
-            vcpu.reset_to(state)
-        paging = self.guest.manifest.paging
-        # With EPT accessed and dirty flags each walk writes to the guest's tables, as far as the EPT is concerned.
-        if paging is not None and system.data and not self.ept.profile.accessed_dirty:
-            for offset in range(PAGE, len(system.data), PAGE):
-                self.ept.protect(system.gpa + offset, Permission.R)
-            mappings = [(m.gva, m.gpa, m.length) for m in paging.effective(state.memory)]
-            for vcpu in self.vcpus:
-                vcpu.mmu.fix_tables(state.cr3, mappings)
-        self.guest.manifest.views.apply(self.views, len(self.vcpus))
-
-        for gva, patch in self.guest.hidden:
-            self.patch_hidden(self.physical(gva), patch)
-
-    @property
-    def _current(self) -> VirtualCpu:
-        """The vCPU at work."""
-        return self.loop.current.vcpu
-
-    def _allowed(self, frame: Frame) -> Permission:
-        """What the state of a frame allows; everything where there are no traps."""
-        return self.control.permissions(frame) if self.options.traps else RWX
-
-    def _forget(self, hpa: int, size: int) -> None:
-        for vcpu in self.vcpus:
-            vcpu.free.forget(hpa, size)
-
-    def _flush(self) -> None:
-        for vcpu in self.vcpus:
-            vcpu.free.flush_tlb()
-
-    def _forget_fetches(self) -> None:
-        for vcpu in self.vcpus:
-            vcpu.mmu.forget_all_fetches()
-
-    def _stop_engines(self) -> None:
-        for vcpu in self.vcpus:
-            if vcpu.free.countdown is not None:
-                vcpu.free.countdown.hurry()
-            else:
-                vcpu.free.ask_to_stop()
-
-    def _print(self, data: bytes) -> None:
-        for printer in self._printers:
-            printer(data)
+        return sum(events.auditor.entries for events in self._parts.events)
 
 
 __all__ = ["FrameEvent", "Machine", "Record", "RunOptions"]

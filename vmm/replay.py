@@ -14,7 +14,7 @@ from vmm.cpu.events import Event
 from vmm.errors import InputError, OptionError
 from vmm.exits import Exit, Record
 from vmm.guest.ept import ept_from
-from vmm.guest.manifest import policy_from
+from vmm.guest.manifest_reader import policy_from
 from vmm.inputs import Decision, Input, PortRead, parse
 from vmm.machine import Machine, RunOptions
 from vmm.recording import digests, record

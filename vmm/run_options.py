@@ -48,15 +48,19 @@ class RunOptions:
 
 
 def with_policy(guest: Guest, options: RunOptions) -> Guest:
-    """The guest with the policies for W^X and TLB that it is run with; raises ``OptionError`` if it cannot be."""
+    """The guest with the W^X and TLB policies of this run; raises ``OptionError`` for what does not go together."""
     guest = _with_tlb(guest, options)
+    model = options.coherence or Coherence(guest.manifest.policy.coherence)
+    if not (options.traps or model is Coherence.COHERENT):
+        what = f"no traps in the coherence model {model.value}"
+        raise OptionError(what, where="options", fix="give one of the two: the model rests on traps")
     wx = guest.manifest.policy.wx if options.wx is None else options.wx
     if wx not in ANSWERS:
         raise OptionError(f"wx = {wx!r}", where="policy", fix=f"choose one of {', '.join(ANSWERS)}")
     if wx != "off" and not guest.manifest.has_page_tables:
         fix = "give it [paging], or no W^X policy"
         raise OptionError("without page tables everything is writable and executable", where="wx", fix=fix)
-    if wx != "off" and (options.coherence or Coherence(guest.manifest.policy.coherence)) is not Coherence.COHERENT:
+    if wx != "off" and model is not Coherence.COHERENT:
         fix = "use one of the two policies"
         raise OptionError("frames that must be approved have no stale code", where="wx and coherence", fix=fix)
     if not options.traps and (wx != "off" or guest.manifest.policy.code == "seal"):

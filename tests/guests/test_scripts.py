@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from vmm.assembly import Assembly
 from vmm.errors import AuditError
 from vmm.guest.loader import bundled_guests
 from vmm.machine import Machine, RunOptions
@@ -259,7 +260,7 @@ class TestStale:
     @each_guest
     def test_code_that_the_engine_keeps_running(self, name, monkeypatch):
         """The records are right, blocks die on paper; what runs is the version before."""
-        monkeypatch.setattr(Machine, "_forget", lambda *_: None)
+        monkeypatch.setattr(Assembly, "_forget", lambda *_: None)
         assert self.holds(name) == (name in NEVER_STALE | WRITTEN_FREELY | UNCHANGED)
 
     @staticmethod

@@ -3,7 +3,7 @@
 ::
 
     path ──load_guest──▶ Guest(manifest, image) ──build──▶ BootState
-            manifest.py          elf.py, image.py    boot.py, descriptors.py, pagetables.py
+            manifest_reader.py   elf.py, image.py    boot.py, descriptors.py, pagetables.py
 
 Nothing here knows an engine. All input is hostile: whatever is wrong with it comes out as one
 ``InputError`` that says what, where and what to do.
@@ -25,9 +25,8 @@ from vmm.guest.manifest import (
     Mapping,
     Paging,
     Policy,
-    parse_manifest,
-    read_manifest,
 )
+from vmm.guest.manifest_reader import parse_manifest, read_manifest
 from vmm.guest.symbols import Symbols
 
 __all__ = [

@@ -26,8 +26,8 @@ from vmm.guest.manifest import (
     Mapping,
     Paging,
     Policy,
-    read_manifest,
 )
+from vmm.guest.manifest_reader import read_manifest
 
 _NAMES_COMPARED: Final = 5000
 #: What a bare image gets in RAM: at least the first, and after its end at least the second.
