@@ -101,13 +101,13 @@ def test_a_folder_without_permission(vmm, guest, tmp_path):
 
 
 def test_an_engine_that_nobody_knows(vmm, guest, monkeypatch):
-    from vmm import machine
+    from vmm import assembly
     from vmm.errors import EngineError
 
     def refuse():
         raise EngineError("Unicorn 9.9 is not known; run: pip install unicorn==2.1.4")
 
-    monkeypatch.setattr(machine, "verify_engine", refuse)
+    monkeypatch.setattr(assembly, "verify_engine", refuse)
     assert refused(vmm("run", guest(END_0X2A))) == (
         "vmm: Unicorn 9.9 is not known; run: pip install unicorn==2.1.4\n"
     )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from paging_tables import LME, NXE, PAE, PG, RW, US, WP, XD, A, D, P
 
 from vmm.ept import ExtendedPageTables, Permission
+from vmm.ept.views import View
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames
 from vmm.mmu.refusals import PagingStructureViolation
@@ -34,7 +35,7 @@ class World:
         self.ept.map_range(0, 0, SIZE, RWX)
         self.cache = WalkCache(self.memory, self.ept)
         mmu = type("NoMmu", (), {"fetch_side": None})()
-        self.structures = GuestStructures(self.memory, self.ept, Frames(SIZE, SIZE), mmu)
+        self.structures = GuestStructures(self.memory, View(0, self.ept), Frames(SIZE, SIZE), mmu)
         for table, target in zip(TABLES, (*TABLES[1:], 0x8000), strict=True):
             for index in range(4):
                 self.entry(table, index, target + (index * PAGE if target == 0x8000 else 0) | FULL)
