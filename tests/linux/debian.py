@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 KERNEL = "linux-image-cloud-amd64"
@@ -27,7 +29,9 @@ def fetch(folder: Path) -> tuple[Path, Path]:
     for tool in ("apt-get", "apt-cache", "dpkg"):
         if shutil.which(tool) is None:
             raise RuntimeError(f"the Linux lane needs {tool}: run it on Debian or in a container of it")
-    _run(folder, "apt-get", "update", "-qq")
+    with Path(tempfile.gettempdir(), "vmm-debian.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # apt allows one update at a time, and there may be several test processes
+        _run(folder, "apt-get", "update", "-qq")
     depends = _run(folder, "apt-cache", "depends", KERNEL)
     image = re.search(r"Depends: (linux-image-\S+)", depends)
     if image is None:
