@@ -163,45 +163,6 @@ class Processor:
         """The linear address that INVLPG is about to invalidate; None for any other instruction."""
         return self.vcpu.instruction.address_of(decoded.operands[0]) if decoded.is_invlpg else None
 
-    # With the monitor trap flag
-
-    def _monitored(self) -> None:
-        """A pending MTF exit, or the delivery of one event, or one instruction (see ``vmm.monitor_trap``)."""
-        monitor = self.monitor_trap
-        if monitor.pending:
-            self._monitor_trap_exit()
-            return
-        if self.pending or self._interrupted:
-            self._deliver_what_is_due()
-        if monitor.pending or self.pending or self.state.is_over or self.vcpu.pace.is_over:
-            return
-        before = cancelling(self.reporter.counts)
-        if self._monitored_step(before) and before == cancelling(self.reporter.counts):
-            monitor.pending = monitor.control
-
-    def _monitored_step(self, exits_before: int) -> bool:
-        """Execute one instruction, or iteration of a REP, and answer what comes of it; whether it completed."""
-        context = self.vcpu.context
-        traps = context.rflags & _RFLAGS_TF
-        repeated = self.vcpu.instruction.decoded
-        stop = self._step()
-        if stop is None and repeated.repeats and context.gprs[1] & repeated.operands[0].mask == 0:
-            stop = self._step()  # quirk "rep-end"
-        if stop is Stop.INTERRUPT and traps and context.vector == Vector.DB and not context.by_instruction:
-            debug = self.vcpu.exception()
-            if exits_before == cancelling(self.reporter.counts):
-                self._monitor_trap_exit()
-            self._raise(debug)
-        else:
-            self._answer(stop)
-        return stop in (None, Stop.SYSCALL)
-
-    def _monitor_trap_exit(self) -> None:
-        self.monitor_trap.pending = False
-        self.reporter.count(ExitReason.MTF)
-        if self.reporter.observed:
-            self.reporter.exit(exits.Mtf(rip=self.vcpu.context.pc))
-
     def _line_of(self, decoded: Decoded) -> int | None:
         """The HPA that the memory operand of an instruction names; None if nothing is mapped there."""
         return self.vcpu.mmu.peek(self.vcpu.instruction.address_of(decoded.operands[0]))
@@ -533,3 +494,42 @@ class Processor:
             self.state.finish("EPT violation", where)
         else:
             self.state.finish("unmapped memory", where)
+
+    # With the monitor trap flag
+
+    def _monitored(self) -> None:
+        """A pending MTF exit, or the delivery of one event, or one instruction (see ``vmm.monitor_trap``)."""
+        monitor = self.monitor_trap
+        if monitor.pending:
+            self._monitor_trap_exit()
+            return
+        if self.pending or self._interrupted:
+            self._deliver_what_is_due()
+        if monitor.pending or self.pending or self.state.is_over or self.vcpu.pace.is_over:
+            return
+        before = cancelling(self.reporter.counts)
+        if self._monitored_step(before) and before == cancelling(self.reporter.counts):
+            monitor.pending = monitor.control
+
+    def _monitored_step(self, exits_before: int) -> bool:
+        """Execute one instruction, or iteration of a REP, and answer what comes of it; whether it completed."""
+        context = self.vcpu.context
+        traps = context.rflags & _RFLAGS_TF
+        repeated = self.vcpu.instruction.decoded
+        stop = self._step()
+        if stop is None and repeated.repeats and context.gprs[1] & repeated.operands[0].mask == 0:
+            stop = self._step()  # quirk "rep-end"
+        if stop is Stop.INTERRUPT and traps and context.vector == Vector.DB and not context.by_instruction:
+            debug = self.vcpu.exception()
+            if exits_before == cancelling(self.reporter.counts):
+                self._monitor_trap_exit()
+            self._raise(debug)
+        else:
+            self._answer(stop)
+        return stop in (None, Stop.SYSCALL)
+
+    def _monitor_trap_exit(self) -> None:
+        self.monitor_trap.pending = False
+        self.reporter.count(ExitReason.MTF)
+        if self.reporter.observed:
+            self.reporter.exit(exits.Mtf(rip=self.vcpu.context.pc))

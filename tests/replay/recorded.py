@@ -37,6 +37,19 @@ port = {input:#x}
 [clock]
 port = {clock:#x}
 """
+#: Adds up the bytes of its input, and ends with the sum.
+READER = f"""
+again:
+    in al, {LEFT}
+    test al, al
+    jz over
+    in al, {INPUT}
+    add bl, al
+    jmp again
+over:
+    mov al, bl
+    out 0xf4, al
+"""
 #: The last page of an image in files, for an IDT.
 IDT = 0x13000
 

@@ -9,23 +9,10 @@ import shutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from recorded import CLOCK, INPUT, LEFT, guest, lines, recorded, vmm
+from recorded import CLOCK, READER, guest, lines, recorded, vmm
 
 from vmm.machine import RunOptions
 from vmm.trace.nodes import Agreement
-
-READER = f"""
-again:
-    in al, {LEFT}
-    test al, al
-    jz over
-    in al, {INPUT}
-    add bl, al
-    jmp again
-over:
-    mov al, bl
-    out 0xf4, al
-"""
 
 
 @pytest.fixture

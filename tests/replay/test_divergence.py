@@ -9,7 +9,7 @@ import re
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from recorded import INPUT, LEFT, guest, lines, recorded, vmm
+from recorded import READER, guest, lines, recorded, vmm
 
 from vmm.commands.run import run_to_end
 from vmm.errors import InputError
@@ -18,18 +18,6 @@ from vmm.machine import Machine, RunOptions
 from vmm.recording import record
 from vmm.trace.whole import WholeTrace
 
-READER = f"""
-again:
-    in al, {LEFT}
-    test al, al
-    jz over
-    in al, {INPUT}
-    add bl, al
-    jmp again
-over:
-    mov al, bl
-    out 0xf4, al
-"""
 FOR_EVER = "again: out 0x80, al\njmp again"
 
 
