@@ -371,6 +371,17 @@ class DrainLog(Input):
 
 
 @frozen(slots=True)
+class JournalWindows(Input):
+    """The host had journaled what was written through open windows."""
+
+    name: ClassVar[str] = "journal"
+
+    def apply(self, machine: Machine) -> None:
+        """Journal it."""
+        machine.journal_windows()
+
+
+@frozen(slots=True)
 class SetRegisters(Input):
     """A handler or an acting observer left registers of a vCPU with new values, by their names in a state file."""
 

@@ -56,7 +56,7 @@ class Frame:
     gpas: list[int] = field(factory=list)
     elsewhere: list[tuple[int, int]] = field(factory=list)
     linear: dict[tuple[int, int], None] = field(factory=dict)
-    #: Contents when the window was opened.
+    #: Contents when the window was opened, or last journaled.
     before: bytes = b""
     #: Whether code reads were granted (policy), so that the frame is R-X instead of --X.
     readable: bool = False

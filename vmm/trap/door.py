@@ -155,15 +155,20 @@ class Door:
         self.publish(entries, rip=None, cause=cause, mmu=mmu)
 
     def journal_window(self, frame: Frame, mmu: Mmu | None) -> None:
-        """Journal what has changed in a frame since it became a window."""
-        before, frame.before = frame.before, b""
-        after = self._memory.read(frame.hpa, PAGE)
+        """Journal what has changed in a frame since it became a window, or since ``journal_windows``."""
+        before, after = frame.before, self._memory.read(frame.hpa, PAGE)
+        frame.before = after if frame.lasting is FrameState.WINDOW else b""
         hpa, gpa = frame.hpa, frame.gpas[0]
         changes = [
             Change(hpa + start, gpa + start, None, before[start : start + size], after[start : start + size])
             for start, size in changed_runs(before, after)
         ]
         self.record(changes, rip=None, cause="window", mmu=mmu)
+
+    def journal_windows(self, mmu: Mmu | None) -> None:
+        """Journal what has changed in the frames that are windows; they stay windows."""
+        for frame in [frame for frame in self._frames if frame.lasting is FrameState.WINDOW]:
+            self.journal_window(frame, mmu)
 
     def _modification(
         self, number: int, change: Change, dead: list[Block], rip: int | None, cause: str, mmu: Mmu | None
