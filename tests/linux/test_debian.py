@@ -78,7 +78,7 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("debian")
     kernel, busybox = debian.fetch(folder)
     initrd = folder / "initrd"
-    initrd.write_bytes(debian.initrd(busybox))
+    initrd.write_bytes(debian.initrd(busybox, debian.extras(folder)))
     return kernel, initrd
 
 
