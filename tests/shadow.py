@@ -81,10 +81,11 @@ class Shadow:
         return page
 
 
-def at_pauses(machine: Machine, look: Callable[[int], None]) -> None:
+def at_pauses(machine: Machine, look: Callable[[int], None], *, acts: bool = True) -> None:
     """Have ``look`` called at each exit at which the guest stands at a boundary, with how many there have been.
 
-    The MTF exit right behind an EPT violation is none: what the trapped instruction has changed comes on record next.
+    With ``acts`` it may do more than look. The MTF exit right behind an EPT violation is no such place: what the
+    trapped instruction has changed comes on record next.
     """
     pauses, before = 0, None
 
@@ -96,4 +97,4 @@ def at_pauses(machine: Machine, look: Callable[[int], None]) -> None:
             look(pauses)
         before = record
 
-    machine.observe(hear, acts=True)
+    machine.observe(hear, acts=acts)
