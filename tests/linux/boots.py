@@ -10,7 +10,7 @@ from attrs import define, field
 from shadow import Shadow
 
 from vmm.commands.typist import Typist
-from vmm.exits import End, Record
+from vmm.exits import End, Json, Record
 from vmm.guest.linux import load_linux
 from vmm.machine import Machine, RunOptions
 from vmm.trace.sink import line
@@ -37,6 +37,11 @@ class Boot:
     trace: object = field(factory=hashlib.sha256)
     records: int = 0
     end: End | None = None
+    #: Its records as a trace has them, where somebody wants them (``keep``).
+    objects: list[Json] = field(factory=list)
+
+    def keep(self) -> None:
+        self.machine.observe(lambda record: self.objects.append(record.to_json()))
 
     def record(self, record: Record) -> None:
         self.records += 1

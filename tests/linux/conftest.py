@@ -21,4 +21,4 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def booted(files) -> Boot:
-    return boot(*files)
+    return boot(*files, prepare=Boot.keep)
