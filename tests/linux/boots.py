@@ -65,7 +65,7 @@ def boot(
     prepare: Callable[[Boot], None] = lambda made: None,
 ) -> Boot:
     """Boot, type ``commands`` at the shell's prompts, and go on to the end; ``prepare`` gets the boot before that."""
-    machine = Machine(load_linux(kernel, initrd=initrd, command_line=APPEND, seconds=1200.0), options)
+    machine = Machine(load_linux(kernel, initrd=initrd, command_line=APPEND, seconds=7200.0), options)
     made = Boot(machine, Shadow(machine))
     machine.observe(made.record)
     prepare(made)

@@ -140,7 +140,7 @@ def test_every_command_did_what_it_says(inside):
     assert int(re.search(r"\ntraced (\d+)\r", console)[1]) > 0
     assert "\ndummy0\r\n" in console
     assert "\nremoved\r\n" in console
-    assert inside.made.machine.end.reason == "halt"
+    assert inside.made.end.reason == "halt"
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
