@@ -10,12 +10,13 @@ import sys
 import termios
 import time
 from pathlib import Path
+from typing import Self
 
 ROOT = Path(__file__).parents[1]
 
 
 class Session:
-    """A boot at a terminal; ``patience`` is how many seconds an answer may take."""
+    """A boot at a terminal, which ends with the ``with`` block; ``patience`` is how many seconds an answer may take."""
 
     def __init__(self, *arguments: str, patience: float = 60.0) -> None:
         self.master, self._slave = pty.openpty()
@@ -41,10 +42,15 @@ class Session:
         """The terminal's modes now."""
         return termios.tcgetattr(self._slave)
 
-    def close(self) -> int:
-        try:
-            return self.process.wait(self._patience)
-        finally:
-            self.process.kill()
-            os.close(self._slave)
-            os.close(self.master)
+    def wait(self) -> int:
+        """Wait for the end; the exit status."""
+        return self.process.wait(self._patience)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._slave)
+        os.close(self.master)

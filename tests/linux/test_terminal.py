@@ -28,22 +28,21 @@ def options(files: tuple[Path, Path]) -> list[str]:
 
 
 def test_a_shell_at_a_terminal(files):
-    session = Session(*options(files), patience=PATIENCE)
-    session.expect(b"/ # ")
-    assert not session.modes[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
-    session.type(b"echo $((6 * 7))\r")
-    session.expect(b"\r\n42\r\n")
-    session.type(b"sleep 100000\r")
-    session.expect(b"sleep 100000\r\n")
-    session.type(b"\x03")  # the guest's
-    session.expect(b"^C")
-    session.type(b"echo $?\r")
-    session.expect(b"\r\n130\r\n")
-    session.type(b"\x01x")
-    session.expect(b"exits ")
-    modes = session.modes
-    assert session.close() == 0
-    assert modes == session.before
+    with Session(*options(files), patience=PATIENCE) as session:
+        session.expect(b"/ # ")
+        assert not session.modes[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
+        session.type(b"echo $((6 * 7))\r")
+        session.expect(b"\r\n42\r\n")
+        session.type(b"sh -c 'echo be''gun; sleep 100000'\r")
+        session.expect(b"begun\r\n")
+        session.type(b"\x03")  # the guest's
+        session.expect(b"^C")
+        session.type(b"echo $?\r")
+        session.expect(b"\r\n130\r\n")
+        session.type(b"\x01x")
+        session.expect(b"exits ")
+        assert session.wait() == 0
+        assert session.modes == session.before
 
 
 @pytest.fixture
