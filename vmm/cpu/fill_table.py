@@ -17,9 +17,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import struct
-from typing import TYPE_CHECKING, Any, Final
-
-from attrs import frozen
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vmm.cpu import binding as b
 from vmm.cpu import layout as at
@@ -109,8 +107,7 @@ class _Cell(ctypes.Structure):
     )
 
 
-@frozen(slots=True)
-class Granted:
+class Granted(NamedTuple):
     """What a fill was granted, and why.
 
     ``size`` is ``PAGE`` or ``REGION``. ``leaves`` is the address of the EPT's leaf for the first page of the region
@@ -153,6 +150,7 @@ class FillTable:
         self._native = code is not None
         self._slots: mmap.mmap | None = None
         self._settings: dict[Setting, int] = {}
+        self._setting = 0
 
     def connect(self, live: LiveState) -> None:
         """Begin to answer, where there is machine code and the state of the running engine can be read in place."""
@@ -190,7 +188,7 @@ class FillTable:
             number = self._settings[setting] = len(self._settings)
         cell = self._cell
         (cell.cr0_mask, cell.cr0), (cell.cr4_mask, cell.cr4), (cell.efer_mask, cell.efer) = setting[:3]
-        cell.setting = number << 3
+        cell.setting = self._setting = number << 3
 
     def clear(self) -> None:
         """Forget all fills, and all settings: ``select`` one before the next is kept."""
@@ -200,14 +198,11 @@ class FillTable:
 
     def keep(self, granted: Granted) -> None:
         """Remember what a fill was granted, unless it depends on more than a slot has room for."""
-        watched = granted.watched
+        page, access, cr3, user, size, leaves, needed, allowed, fetched, watched = granted
         if self._slots is None or len(watched) > 2 * MOST_WATCHED:
             return
-        key = granted.access & 3 | granted.user << 2 | int(self._cell.setting)
-        page, leaves = granted.page, granted.leaves
-        key |= page & -REGION | _OF_REGION if granted.size == REGION else page
-        slot = ((key ^ granted.cr3) * _MULTIPLIER & _U64) >> 64 - _SLOTS_LOG2
-        _PACK[len(watched) >> 1](
-            self._slots, slot * _SLOT,
-            key, granted.cr3, leaves, granted.needed, granted.allowed, granted.fetched, *watched, 0,
-        )  # fmt: skip
+        key = access & 3 | user << 2 | self._setting
+        key |= page & -REGION | _OF_REGION if size == REGION else page
+        slot = ((key ^ cr3) * _MULTIPLIER & _U64) >> 64 - _SLOTS_LOG2
+        pack = _PACK[len(watched) >> 1]
+        pack(self._slots, slot * _SLOT, key, cr3, leaves, needed, allowed, fetched, *watched, 0)
