@@ -112,9 +112,16 @@ class Door:
 
     def publish(self, entries: list[Entry], *, rip: int | None, cause: str, mmu: Mmu | None) -> None:
         """Show committed changes to whoever watches."""
-        if self._reporter.observed:
-            for number, change, dead in entries:
-                self._reporter.emit(self._modification(number, change, dead, rip, cause, mmu))
+        if not self._reporter.observed:
+            return
+        # A window has hundreds of changes at times, all of one frame.
+        pages: dict[int, tuple[int, ...]] = {}
+        for number, change, dead in entries:
+            page = change.hpa & -PAGE
+            if page not in pages:
+                pages[page] = () if mmu is None else mmu.aliases(self._frames.at(page), 0)
+            aliases = tuple([linear + (change.hpa & _OFFSET) for linear in pages[page]])
+            self._reporter.emit(_modification(number, change, dead, rip, cause, aliases))
 
     def invalidate(self, change: Change, cause: str) -> list[Block]:
         """Drop the blocks that overlap bytes which really changed; identical bytes kill nothing."""
@@ -172,22 +179,21 @@ class Door:
         for frame in [frame for frame in self._frames if frame.lasting is FrameState.WINDOW]:
             self.journal_window(frame, mmu)
 
-    def _modification(
-        self, number: int, change: Change, dead: list[Block], rip: int | None, cause: str, mmu: Mmu | None
-    ) -> Modification:
-        frame: Frame = self._frames.at(change.hpa)
-        aliases = mmu.aliases(frame, change.hpa & _OFFSET) if mmu is not None else ()
-        return Modification(
-            gpa=change.gpa,
-            gva=change.gva,
-            rip=rip,
-            old=change.old,
-            new=change.new,
-            cause=cause,
-            instruction=number,
-            aliases=aliases,
-            blocks=tuple(block.number for block in dead),
-        )
+
+def _modification(
+    number: int, change: Change, dead: list[Block], rip: int | None, cause: str, aliases: tuple[int, ...]
+) -> Modification:
+    return Modification(
+        gpa=change.gpa,
+        gva=change.gva,
+        rip=rip,
+        old=change.old,
+        new=change.new,
+        cause=cause,
+        instruction=number,
+        aliases=aliases,
+        blocks=tuple([block.number for block in dead]),
+    )
 
 
 def changed_runs(old: bytes, new: bytes) -> list[tuple[int, int]]:
