@@ -4,6 +4,7 @@ What the kernel finds when it is entered::
 
     image       where its header or its program headers want it
     modules     each on a page of its own, above the image and above 1 MiB
+    0x00400     words of the BIOS data area, unless the image lies there: COM1, end of low memory
     0x9f000     GDT, boot information and all that it points to: one page, outside of the RAM that it tells of
 
     EAX 0x2badb002   EBX the address of the boot information   CS 0x08, other segments 0x10: flat, 4 GiB
@@ -24,6 +25,7 @@ from attrs import frozen
 
 from vmm.cpu.state import Segment as SegmentRegister
 from vmm.cpu.state import SegmentName
+from vmm.devices.uart import COM1
 from vmm.errors import ImageError, OptionError
 from vmm.guest.boot import BootState, CpuBoot, SystemArea
 from vmm.guest.files import one_line, read_file
@@ -38,6 +40,9 @@ DEFAULT_MEMORY: Final = 64 * MIB
 #: EAX at entry: a Multiboot loader was here.
 LOADER_MAGIC: Final = 0x2BADB002
 
+# The BIOS data area: ports of COM1 to COM4; at 0x40e the segment above low memory, at 0x413 its size in KiB.
+_BIOS_DATA: Final = 0x400
+_BIOS_DATA_WORDS: Final = struct.pack("<4H 6x H 3x H", COM1, 0, 0, 0, LOW_MEMORY_END >> 4, LOW_MEMORY_END >> 10)
 _LOADER_NAME: Final = b"vmm\0"
 
 # The boot information (3.3): flags, memory in KiB, boot device, command line, modules, symbols (4 words), memory map,
@@ -93,6 +98,8 @@ def load_multiboot(
     writes += [(module.start, module.data) for module in loaded if module.data]
     information, page = _information(words, loaded, memory)
     writes.append((INFORMATION, page))
+    if all(segment.gpa >= _BIOS_DATA + len(_BIOS_DATA_WORDS) for segment in image.segments):
+        writes.append((_BIOS_DATA, _BIOS_DATA_WORDS))
     manifest = Manifest(
         path=kernel,
         name=one_line(kernel.name),
