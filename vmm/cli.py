@@ -149,6 +149,7 @@ def run(target: str, **options: Any) -> int:  # noqa: ANN401 - click's values
     """Run TARGET, and show what happened.
 
     TARGET is a name that `vmm guests` lists, a guest.toml, a folder with one, a Multiboot image, or an ELF64 image.
+    --append, --memory and --module are for Multiboot images.
 
     Exit status: 0 the guest ended as its manifest says and the script holds; 1 it did not; 2 bad input;
     3 the guest died (triple fault, a budget used up, memory that does not exist); 130 Ctrl-C.

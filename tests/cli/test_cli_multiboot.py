@@ -45,7 +45,8 @@ def test_runs_repeat_to_the_byte(vmm, image, typed, tmp_path):
 
 def test_a_state_and_a_script_are_as_for_any_guest(vmm, image, typed, tmp_path):
     script, state = tmp_path / "echo.script", tmp_path / "state"
-    script.write_text('vmm-script/1\nexit IO_INSTRUCTION port=0x3f8 value=0x48\nconsole contains "HELLO"\nend port value=0\n')
+    lines = ("exit IO_INSTRUCTION port=0x3f8 value=0x48", 'console contains "HELLO"', "end port value=0")
+    script.write_text("\n".join(["vmm-script/1", *lines, ""]))
     result = vmm("run", "-q", image, "--input", typed, "--expect", script, "--state", state)
     assert result.exit_code == 0, result.stderr
     assert json.loads(state.read_text())["end"] == {"reason": "port", "port": 0xF4, "value": 0}

@@ -14,7 +14,7 @@ from vmm.commands.terminal import Terminal, is_interactive
 from vmm.commands.typist import Typist
 from vmm.errors import ImageError, InputError, OptionError
 from vmm.guest.files import read_file, read_head
-from vmm.guest.linux import DEFAULT_MEMORY, is_bz_image, load_linux
+from vmm.guest.linux import ADAPTIVE, DEFAULT_MEMORY, is_bz_image, load_linux
 from vmm.guest.multiboot import load_multiboot
 from vmm.guest.multiboot_image import SEARCHED, find_header
 
@@ -90,7 +90,9 @@ def _load(request: BootRequest, *, seconds: float) -> Guest:
         return load_linux(kernel, initrd=initrd, command_line=append, memory=memory, seconds=seconds)
     modules = () if initrd is None else (initrd,)
     append = request.append or ""
-    return load_multiboot(kernel, modules=modules, command_line=append, memory=memory, seconds=seconds)
+    return load_multiboot(
+        kernel, modules=modules, command_line=append, memory=memory, policy=ADAPTIVE, seconds=seconds
+    )
 
 
 def _typist(request: BootRequest) -> Callable[[Machine], None]:

@@ -36,6 +36,8 @@ from vmm.guest.symbols import Symbols
 PAGE: Final = 4096
 #: Bytes of RAM that a kernel gets unless told otherwise.
 DEFAULT_MEMORY: Final = 256 * MIB
+#: What a kernel's accesses to its code cost follows how many there are.
+ADAPTIVE: Final = Policy(reads="adaptive", writes="adaptive")
 
 _GDT: Final = 0x1000
 _ZERO_PAGE: Final = 0x2000
@@ -124,7 +126,7 @@ def load_linux(
         cpu=CpuSpec(found.entry),
         paging=None,
         summary="Linux, entered by the 64-bit boot protocol",
-        policy=policy or Policy(reads="adaptive", writes="adaptive"),
+        policy=policy or ADAPTIVE,
         end=End(halt=True),
         limits=Limits(exits=1 << 62, seconds=seconds),
     )
