@@ -4,6 +4,7 @@ import pytest
 from multiboot_images import ENTRY, LOAD, MEMORY, STACK, Information, build, code, flat, load
 
 from vmm.errors import ImageError, OptionError
+from vmm.machine import RunOptions
 
 CODE = b"\xfa\xf4"
 MIB = 1 << 20
@@ -30,11 +31,13 @@ def test_the_boot_information_tells_of_memory(tmp_path):
     assert info.memory_map == [(0, 0x9F000, 1), (0x9F000, 0x61000, 2), (MIB, 7 * MIB, 1)]
 
 
-def test_the_boot_information_lies_where_the_map_says_that_no_memory_is_free(tmp_path):
-    info = Information(load(tmp_path, flat(CODE)))
+@pytest.mark.parametrize("appended", ["", "x", "xx", "xxx"])
+def test_the_boot_information_lies_where_the_map_says_that_no_memory_is_free(tmp_path, appended):
+    info = Information(load(tmp_path, flat(CODE), command_line=appended))
     free = [(base, base + size) for base, size, kind in info.memory_map if kind == 1]
     places = [info.address, *(info.field(offset) for offset in (16, 24, 48, 64))]
     assert not [place for place in places for start, end in free if start <= place < end]
+    assert all(place % 4 == 0 for place in places)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +178,25 @@ class TestKernel:
         # The first store comes before ``answer`` was executed: its frame is data then.
         assert changes == [(ANSWER + 1, 0x501001, bytes([n]), bytes([n - 1])) for n in (5, 4, 3, 2)]
         assert all(ANSWER + 1 in m.aliases and 0x501001 in m.aliases for m in run.modifications)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            RunOptions(traps=False),
+            RunOptions(single_step=True),
+            RunOptions(capacity=4, check=True, audit=True),
+            RunOptions(tlb="strict", check=True),
+        ],
+        ids=["no traps", "single step", "four blocks", "strict TLB"],
+    )
+    def test_it_ends_in_the_same_state_whichever_way_it_is_run(self, run, tmp_path, options):
+        other = build(tmp_path, kernel_image(), command_line="debug=1", options=options)
+        other.run()
+        machines = (run.machine, other.machine)
+        first, second = (m.vcpu.context.registers() for m in machines)
+        assert first == second
+        assert machines[0].read(0, MEMORY) == machines[1].read(0, MEMORY)
+        assert machines[0].console.output == machines[1].console.output
 
     def test_a_run_repeats(self, run, tmp_path):
         again = build(tmp_path, kernel_image(), command_line="debug=1")
