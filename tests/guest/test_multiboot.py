@@ -80,6 +80,7 @@ def test_modules_of_an_image_in_low_memory_are_above_1_mib(tmp_path):
         ({"memory": 2048 * MIB}, "multiple of 2 MiB up to 1024M"),
         ({"command_line": "x" * 4000}, "bytes of boot information, with the command line and 0 modules; shorten it"),
         ({"command_line": "a\0b"}, "append: a NUL in the command line"),
+        ({"command_line": "\ud800"}, "append: a lone surrogate in the command line"),
     ],
 )
 def test_what_cannot_be_given_is_refused_in_one_line(tmp_path, options, says):
@@ -248,6 +249,20 @@ def test_the_devices_of_a_pc_are_around_it(tmp_path):
     text += code("mov al, 7; out 0xf4, al")
     tiny = build(tmp_path, flat(text), seconds=20.0)
     assert tiny.run().detail == {"port": 0xF4, "value": 7}
+
+
+def test_firmware_leaves_its_words_where_the_image_is_not(tmp_path):
+    found = Information(load(tmp_path, flat(CODE)))
+    assert found.word(0x400) == 0x3F8
+    assert found.bytes_at(0x40E, 2) + found.bytes_at(0x413, 2) == (0x9F00).to_bytes(2, "little") + b"\x7c\x02"
+    image = flat(CODE, header=0, load=0, entry=0x20, bss_end=0x401)
+    assert 0x400 not in dict(load(tmp_path, image).boot.writes)
+
+
+def test_names_may_be_others_than_those_of_the_files(tmp_path):
+    (tmp_path / "module").write_bytes(b"m")
+    info = Information(load(tmp_path, flat(CODE), modules=[tmp_path / "module"], names=["kernel", "first"]))
+    assert (info.text(info.field(16)), info.modules[0][2]) == (b"kernel", b"first")
 
 
 def test_ram_is_what_the_image_does_not_fill(tmp_path):

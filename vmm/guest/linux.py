@@ -30,7 +30,7 @@ from vmm.guest.files import one_line, read_file
 from vmm.guest.image import ELF_FILE_LIMIT, ELF_MAGIC, LoadedImage, Segment
 from vmm.guest.loader import Guest
 from vmm.guest.manifest import MEMORY_LIMIT, CpuSpec, End, Image, Limits, MachineSpec, Manifest, Policy
-from vmm.guest.pc_memory import HIGH_MEMORY, MIB, advise, check_memory, memory_map
+from vmm.guest.pc_boot import HIGH_MEMORY, MIB, advise, check_memory, encode_command_line, memory_map
 from vmm.guest.symbols import Symbols
 
 PAGE: Final = 4096
@@ -216,10 +216,10 @@ def _initrd(kernel: _Kernel, data: bytes, memory: int, path: Path | None) -> lis
 
 def _command_line(kernel: _Kernel, text: str) -> list[tuple[int, bytes]]:
     limit = min(_field("<I", kernel.zero_page, _COMMAND_LINE_SIZE) or 255, PAGE - 1)
-    data = text.encode("utf-8", "surrogateescape")
-    if len(data) > limit or b"\0" in data:
-        what = f"a command line of {len(data)} bytes" if len(data) > limit else "a NUL in the command line"
-        raise OptionError(what, where="append", fix=f"give at most {limit} bytes of text")
+    data = encode_command_line(text)
+    if len(data) > limit:
+        fix = f"give at most {limit} bytes of text"
+        raise OptionError(f"a command line of {len(data)} bytes", where="append", fix=fix)
     struct.pack_into("<I", kernel.zero_page, _COMMAND_LINE_POINTER, _COMMAND_LINE)
     return [(_COMMAND_LINE, data + b"\0")]
 

@@ -15,7 +15,6 @@ The specification lets the kernel rely on no GDT, so that this one may be there;
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,11 +28,11 @@ from vmm.devices.uart import COM1
 from vmm.errors import ImageError, OptionError
 from vmm.guest.boot import BootState, CpuBoot, SystemArea
 from vmm.guest.files import one_line, read_file
-from vmm.guest.image import ELF_FILE_LIMIT, PAGE
+from vmm.guest.image import ELF_FILE_LIMIT, PAGE, LoadedImage
 from vmm.guest.loader import Guest
 from vmm.guest.manifest import CpuSpec, End, Image, Limits, MachineSpec, Manifest, Policy
 from vmm.guest.multiboot_image import INFORMATION, read_multiboot_image
-from vmm.guest.pc_memory import HIGH_MEMORY, LOW_MEMORY_END, MIB, advise, check_memory, memory_map
+from vmm.guest.pc_boot import HIGH_MEMORY, LOW_MEMORY_END, MIB, advise, check_memory, encode_command_line, memory_map
 
 #: Bytes of RAM that an image gets unless told otherwise.
 DEFAULT_MEMORY: Final = 64 * MIB
@@ -80,59 +79,68 @@ def load_multiboot(
     memory: int = DEFAULT_MEMORY,
     policy: Policy | None = None,
     seconds: float = 300.0,
+    names: Sequence[str] | None = None,
 ) -> Guest:
     """A PC that enters a Multiboot image; raises ``ImageError`` for its files, ``OptionError`` for the rest.
 
-    The kernel's command line is its file's name and then ``command_line``; the string of a module is its file's name.
-    ``memory`` is the size of its RAM in bytes, a multiple of 2 MiB up to 1 GiB. The run ends when the guest halts
-    with interrupts off, resets the machine, or writes to port 0xf4.
+    The kernel's command line is its name and then ``command_line``; the string of a module is its name. ``names`` are
+    these, the kernel's first, by default those of the files. ``memory`` is the size of its RAM in bytes, a multiple of
+    2 MiB up to 1 GiB. The run ends when the guest halts with interrupts off, resets the machine, or writes to port
+    0xf4.
     """
     check_memory(memory)
     data = read_file(kernel, ELF_FILE_LIMIT, error=ImageError, fix="give the path of a Multiboot image")
     image = read_multiboot_image(data, one_line(kernel), memory)
     assert image.entry is not None
-    end = max(HIGH_MEMORY, *(segment.end for segment in image.segments))
-    loaded = _load_modules(modules, end, memory)
-    words = os.fsencode(kernel.name) + (b" " + _encode(command_line) if command_line else b"")
-    writes = [(segment.gpa, segment.data) for segment in image.segments if segment.data]
-    writes += [(module.start, module.data) for module in loaded if module.data]
-    information, page = _information(words, loaded, memory)
-    writes.append((INFORMATION, page))
-    if all(segment.gpa >= _BIOS_DATA + len(_BIOS_DATA_WORDS) for segment in image.segments):
-        writes.append((_BIOS_DATA, _BIOS_DATA_WORDS))
-    manifest = Manifest(
+    name, *strings = [path.name for path in (kernel, *modules)] if names is None else names
+    loaded = _load_modules(modules, strings, image, memory)
+    words = f"{name} {command_line}" if command_line else name
+    information, page = _information(encode_command_line(words), loaded, memory)
+    writes = _writes(image, loaded, page)
+    return Guest(
+        _manifest(kernel, image.entry, memory, policy or Policy(), seconds),
+        image,
+        image.entry,
+        boot=_boot_state(image.entry, memory, information, writes),
+        is_pc=True,
+    )
+
+
+def _manifest(kernel: Path, entry: int, memory: int, policy: Policy, seconds: float) -> Manifest:
+    return Manifest(
         path=kernel,
         name=one_line(kernel.name),
         image=Image("flat", kernel, 0),
         machine=MachineSpec(memory, "protected"),
-        cpu=CpuSpec(image.entry),
+        cpu=CpuSpec(entry),
         paging=None,
         summary="Multiboot image",
-        policy=policy or Policy(),
+        policy=policy,
         end=End(halt=True),
         limits=Limits(exits=1 << 62, seconds=seconds),
     )
-    return Guest(manifest, image, image.entry, boot=_boot_state(image.entry, memory, information, writes), is_pc=True)
 
 
-def _encode(command_line: str) -> bytes:
-    data = command_line.encode("utf-8", "surrogateescape")
-    if b"\0" in data:
-        raise OptionError("a NUL in the command line", where="append", fix="give text")
-    return data
+def _writes(image: LoadedImage, modules: Sequence[_Module], page: bytes) -> list[tuple[int, bytes]]:
+    """All that is in memory, as (GPA, bytes)."""
+    writes = [(segment.gpa, segment.data) for segment in image.segments if segment.data]
+    writes += [(module.start, module.data) for module in modules if module.data]
+    writes.append((INFORMATION, page))
+    firmware = {_BIOS_DATA: _BIOS_DATA_WORDS}
+    return writes + [(gpa, data) for gpa, data in firmware.items() if image.spares(gpa, len(data))]
 
 
-def _load_modules(paths: Sequence[Path], end: int, memory: int) -> list[_Module]:
-    """Put modules one after the other, each on pages of its own, from ``end`` on."""
-    modules = []
-    for path in paths:
+def _load_modules(paths: Sequence[Path], names: Sequence[str], image: LoadedImage, memory: int) -> list[_Module]:
+    """Put modules one after the other, each on pages of its own, above the image and above 1 MiB."""
+    modules, end = [], max(HIGH_MEMORY, *(segment.end for segment in image.segments))
+    for path, name in zip(paths, names, strict=True):
         data = read_file(path, ELF_FILE_LIMIT, error=ImageError, fix="give the path of a module")
         start = -(-end // PAGE) * PAGE
         end = start + len(data)
         if end > memory:
             what = f"{len(data):#x} bytes at {start:#x} reach out of RAM, which ends at {memory:#x}"
             raise ImageError(what, where=one_line(path), fix=advise(end))
-        modules.append(_Module(start, data, os.fsencode(path.name)))
+        modules.append(_Module(start, data, encode_command_line(name)))
     return modules
 
 

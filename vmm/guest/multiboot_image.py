@@ -22,7 +22,7 @@ from attrs import evolve, frozen
 
 from vmm.errors import ImageError
 from vmm.guest.image import ELF_MAGIC, PAGE, LoadedImage, Segment
-from vmm.guest.pc_memory import HIGH_MEMORY, LOW_MEMORY_END, advise
+from vmm.guest.pc_boot import HIGH_MEMORY, LOW_MEMORY_END, advise
 from vmm.guest.symbols import Symbols
 
 #: How many bytes of a file are searched for the header.

@@ -1,4 +1,4 @@
-"""The RAM of a PC as its firmware tells of it, and sizes that it may have.
+"""What the boot protocols of a PC have in common: the RAM as its firmware tells of it, and the command line.
 
 ::
 
@@ -52,3 +52,14 @@ def check_memory(memory: int) -> None:
 def advise(end: int) -> str:
     """What to do for a kernel that needs memory up to ``end``."""
     return f"give it --memory {-(-end // _GRANULE) * 2}M or more"
+
+
+def encode_command_line(text: str) -> bytes:
+    """A command line as the kernel gets it, less the NUL at its end; raises ``OptionError`` for what is no text."""
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise OptionError("a lone surrogate in the command line", where="append", fix="give text") from None
+    if b"\0" in data:
+        raise OptionError("a NUL in the command line", where="append", fix="give text")
+    return data
