@@ -82,7 +82,7 @@ def _program(source: Path) -> bytes:
 def _need(*tools: str) -> None:
     for tool in tools:
         if shutil.which(tool) is None:
-            raise RuntimeError(f"the Linux lane needs {tool}: run it on Debian or in a container of it")
+            raise RuntimeError(f"the Linux lane needs {tool}: run it on Debian with binutils, or in a container of it")
 
 
 def _run(folder: Path, *command: str) -> str:
