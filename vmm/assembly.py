@@ -235,6 +235,7 @@ class Assembly:
         pc = Pc(self.reporter, countdown, self.console.emit, lambda: self.state.finish("reset", {}))
         processor.board = pc
         self.exits[0].clock, self.exits[0].features = pc.now, pc_cpuid
+        self.exits[0].answered = pc.exit_answered
         return pc
 
     def raise_interrupt(self, vector: int, vcpu: int) -> None:

@@ -160,6 +160,12 @@ class Pc:
         """Something has come from outside: have the engine stop soon. From any thread; no run repeats after that."""
         self._countdown.hurry()
 
+    def exit_answered(self) -> None:
+        """An exit was answered in the middle of a block: that took time, so something may be due at the next one."""
+        when = self.timers.next
+        if when is not None and when <= self.now():
+            self.come_out()
+
     def come_out(self) -> None:
         """Have the engine stop before the next block; for callbacks of the engine."""
         self._countdown.begin(0, waits=False)
