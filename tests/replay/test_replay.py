@@ -453,6 +453,21 @@ class TestDevices:
         assert "more than 0x3 bytes" in result.stderr
 
 
+def test_what_is_done_when_the_guest_prints_is_done_again_there(tmp_path):
+    """Behind the line that it printed, and with what it causes in front of the next record."""
+    source = "mov al, 10; out 0xe9, al\nout 0xe9, al\nmov al, [0x12000]\nout 0xf4, al"
+    manifest = guest(tmp_path / "g", source) / "guest.toml"
+    manifest.write_text(manifest.read_text() + "[console]\nport = 0xe9\n")
+
+    def act(machine):
+        machine.on_output(lambda _data: machine.write(0x12000, bytes([machine.reporter.total])))
+        machine.observe(lambda record: machine.write(0x12001, b"x") if record.rip == 0x10002 else None, acts=True)
+
+    trace = recorded(tmp_path / "t", manifest, prepare=act)
+    assert b'"at": "output"' in trace
+    assert_comes_again(tmp_path / "t", trace)
+
+
 def test_an_unattached_port_is_no_input(tmp_path):
     trace = recorded(tmp_path / "t", guest(tmp_path / "g", "in al, 0x60\nout 0xf4, al"))
     assert inputs(trace) == []

@@ -6,7 +6,7 @@ a handler. Both pass through ``Inputs``, which tells a listener (the trace sink)
 ``vmm.replay`` has a machine take the same inputs from a trace again.
 
 The rooms inside: ``kind`` is what all inputs have, ``processor``, ``memory`` and ``views`` are the kinds, by what they
-are done to, ``trace_lines`` reads them from a trace, ``gate`` is the place that all of them pass.
+are done to, ``moment`` is when, ``trace_lines`` reads them from a trace, ``gate`` is the place that all of them pass.
 
 A new kind of input is one class in a room of kinds: its fields are those of its trace line, ``apply`` does it again.
 """
@@ -26,7 +26,18 @@ from vmm.inputs.memory import (
     Seal,
     Write,
 )
-from vmm.inputs.processor import Answer, Decision, Inject, Interrupt, MonitorTrap, PortRead, SetRegisters, Stop
+from vmm.inputs.moment import Moment, Place
+from vmm.inputs.processor import (
+    Answer,
+    Decision,
+    Inject,
+    Interrupt,
+    MonitorTrap,
+    PortRead,
+    Serial,
+    SetRegisters,
+    Stop,
+)
 from vmm.inputs.trace_lines import KINDS, parse
 from vmm.inputs.views import AddView, EptpList, Remap, Restrict, SwitchView, VeArea
 
@@ -47,7 +58,9 @@ __all__ = [
     "Invept",
     "Invvpid",
     "Listener",
+    "Moment",
     "MonitorTrap",
+    "Place",
     "PortRead",
     "PortSource",
     "Protect",
@@ -56,6 +69,7 @@ __all__ = [
     "Restrict",
     "Reveal",
     "Seal",
+    "Serial",
     "SetRegisters",
     "Stop",
     "SwitchView",

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 from vmm.cpu.events import Event
 from vmm.errors import OptionError
 from vmm.inputs.kind import Input
+from vmm.inputs.moment import Moment, Place
 from vmm.inputs.processor import Decision, PortRead, SetRegisters
 
 if TYPE_CHECKING:
     from vmm.cpu.context import Context
     from vmm.devices import Device
 
-#: Called with each input before it takes effect, and with how many others are being carried out around it.
-Listener = Callable[[Input, int], None]
+#: Called with each input before it takes effect.
+Listener = Callable[[Input, Moment], None]
 #: Answers an IN (port, size) in place of all devices; None: nobody is there.
 PortSource = Callable[[int, int], int | None]
 
@@ -30,7 +31,10 @@ class Inputs:
         self.source: PortSource | None = None
         #: The registers that a handler may change: those of each vCPU.
         self.contexts: list[Context] = []
+        #: Virtual time in nanoseconds, on a machine whose boundaries between instructions can be told by it.
+        self.clock: Callable[[], int] | None = None
         self._depth = 0
+        self._place = Place.RECORD
         self._unrepeatable = False
 
     def note(self, given: Input) -> None:
@@ -38,7 +42,8 @@ class Inputs:
         if self.listener is not None:
             if self._unrepeatable:
                 raise _unrepeatable(given.name)
-            self.listener(given, self._depth)
+            time = None if self.clock is None or self._place is not Place.BOUNDARY else self.clock()
+            self.listener(given, Moment(self._depth, self._place, time))
 
     @contextmanager
     def during(self, given: Input) -> Iterator[None]:
@@ -46,9 +51,19 @@ class Inputs:
         self.note(given)
         self._depth += 1
         try:
-            yield
+            with self.at(Place.RECORD):
+                yield
         finally:
             self._depth -= 1
+
+    @contextmanager
+    def at(self, place: Place) -> Iterator[None]:
+        """What is noted in the ``with`` block takes effect at this place."""
+        before, self._place = self._place, place
+        try:
+            yield
+        finally:
+            self._place = before
 
     @contextmanager
     def unrepeatable(self) -> Iterator[None]:

@@ -106,6 +106,19 @@ class SetRegisters(Input):
 
 
 @frozen(slots=True)
+class Serial(Input):
+    """The first serial port of a PC received ``data``."""
+
+    name: ClassVar[str] = "serial"
+
+    data: bytes
+
+    def apply(self, machine: Machine) -> None:
+        """Type it."""
+        machine.type_in(self.data)
+
+
+@frozen(slots=True)
 class Stop(Input):
     """The host ended the run."""
 
