@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import attrs
 from attrs import evolve
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from vmm.trace.comparison import Difference
     from vmm.trace.sink import Output
     from vmm.trace.whole import WholeTrace
+
+_HEADER: Final = "the trace's header"
 
 
 def header_of(trace: WholeTrace) -> Header:
@@ -55,7 +57,10 @@ def guest_of(header: Header, target: str | None = None, modules: Sequence[str] =
     if len(files) != len(header.boot.modules):
         fix = f"give each of the {len(header.boot.modules)} that were loaded, in order"
         raise OptionError(f"{len(files)} modules", where="--module", fix=fix)
-    return _load(Path(target), files, header, header.boot)
+    try:
+        return _load(Path(target), files, header, header.boot)
+    except OptionError as problem:
+        raise InputError(problem.what, where=_HEADER, fix=RECORD_AGAIN) from None
 
 
 def _load(image: Path, modules: tuple[Path, ...], header: Header, boot: RecordedBoot) -> Guest:
@@ -65,7 +70,7 @@ def _load(image: Path, modules: tuple[Path, ...], header: Header, boot: Recorded
             image, initrd=initrd, command_line=boot.command_line, memory=header.memory, seconds=float("inf")
         )
     what = f"loaded by {shown(boot.protocol)} with {len(modules)} modules, which this VMM does not know"
-    raise InputError(what, where=header.guest, fix=RECORD_AGAIN)
+    raise InputError(what, where=_HEADER, fix=RECORD_AGAIN)
 
 
 def check_guest(trace: WholeTrace, header: Header, guest: Guest) -> None:
@@ -88,7 +93,7 @@ def machine_for(header: Header, guest: Guest, *, seconds: float | None = None) -
     if header.manifest is None:
         manifest = evolve(manifest, name=header.guest)  # it is called after its file, which may have been renamed
     if dict(header.policy) != attrs.asdict(manifest.policy):
-        manifest = evolve(manifest, policy=policy_from(dict(header.policy), manifest, "the trace's header"))
+        manifest = evolve(manifest, policy=policy_from(dict(header.policy), manifest, _HEADER))
     # What devices say comes from the trace; the files that they would say it from may be gone.
     options = RunOptions(
         input=None if manifest.input is None else b"",
@@ -99,7 +104,7 @@ def machine_for(header: Header, guest: Guest, *, seconds: float | None = None) -
         capacity=header.capacity,
         seed=header.seed,
         seconds=seconds,
-        ept=ept_from(dict(header.ept), "the trace's header"),
+        ept=ept_from(dict(header.ept), _HEADER),
     )
     machine = Machine(evolve(guest, manifest=manifest), options)
     for port in header.exact_ports:

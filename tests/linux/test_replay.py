@@ -24,11 +24,20 @@ def vmm(*arguments: object):
 
 
 @pytest.fixture(scope="module")
-def trace(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("recorded")
+def files(tmp_path_factory) -> tuple[Path, Path]:
+    """(bzImage, initrd)."""
+    folder = tmp_path_factory.mktemp("debian")
     kernel, busybox = debian.fetch(folder)
-    initrd, commands, trace = folder / "initrd", folder / "commands", folder / "trace"
+    initrd = folder / "initrd"
     initrd.write_bytes(debian.initrd(busybox))
+    return kernel, initrd
+
+
+@pytest.fixture(scope="module")
+def trace(files, tmp_path_factory) -> Path:
+    kernel, initrd = files
+    folder = tmp_path_factory.mktemp("recorded")
+    commands, trace = folder / "commands", folder / "trace"
     commands.write_text(COMMANDS)
     append = ("--append", "console=ttyS0 quiet panic=-1")
     made = vmm("boot", "--kernel", kernel, "--initrd", initrd, *append, "--input", commands, "--trace", trace)
@@ -47,7 +56,7 @@ def test_the_same_boot_comes_again(trace, tmp_path):
     assert (tmp_path / "again").read_bytes() == trace.read_bytes()
 
 
-@pytest.mark.parametrize(("kind", "key"), [("input", "data"), ("modification", "new"), ("state", "memory")])
+@pytest.mark.parametrize(("kind", "key"), [("input", "data"), ("modification", "new")])
 def test_whatever_is_spoiled_is_found(trace, tmp_path, kind, key):
     """The first line of a kind."""
     lines = trace.read_bytes().splitlines(keepends=True)

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import terminals
-from boots import BUSY, KERNELS, Visitor, boot, kernels
+from consoles import BUSY, KERNELS, Visitor, boot, kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recorded import lines, replayed, vmm
@@ -226,6 +226,9 @@ class TestSpoiled:
             (rb'"protocol": "linux"', rb'"protocol": "other"', "loaded by 'other' with 0 modules"),
             (rb'"protocol": "linux"', rb'"protocol": 5', 'the header has no usable "protocol"'),
             (rb'"command_line": ""', rb'"command_line": null', 'no usable "command_line"'),
+            (rb'"command_line": ""', rb'"command_line": "\\ud800"', "the trace's header: a lone surrogate"),
+            (rb'"command_line": ""', rb'"command_line": "\\u0000"', "the trace's header: a NUL"),
+            (rb'"target": "[^"]*"', rb'"target": "/"', "not a regular file"),
             (rb'"modules": \[\]', rb'"modules": ["x"]', 'no usable "modules"'),
             (rb'"files": \[\]', rb'"files": ["x"]', 'no usable "files"'),
             (rb'"boot": {[^}]*}', rb'"boot": []', 'no usable "boot"'),

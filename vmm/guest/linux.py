@@ -218,10 +218,14 @@ def _initrd(kernel: _Kernel, data: bytes, memory: int, path: Path | None) -> lis
 
 def _command_line(kernel: _Kernel, text: str) -> list[tuple[int, bytes]]:
     limit = min(_field("<I", kernel.zero_page, _COMMAND_LINE_SIZE) or 255, PAGE - 1)
-    data = text.encode("utf-8", "surrogateescape")
+    fix = f"give at most {limit} bytes of text"
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise OptionError("a lone surrogate in the command line", where="append", fix=fix) from None
     if len(data) > limit or b"\0" in data:
         what = f"a command line of {len(data)} bytes" if len(data) > limit else "a NUL in the command line"
-        raise OptionError(what, where="append", fix=f"give at most {limit} bytes of text")
+        raise OptionError(what, where="append", fix=fix)
     struct.pack_into("<I", kernel.zero_page, _COMMAND_LINE_POINTER, _COMMAND_LINE)
     return [(_COMMAND_LINE, data + b"\0")]
 
