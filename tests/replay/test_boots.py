@@ -111,7 +111,7 @@ def test_it_comes_again_in_each_way_of_running(files, tmp_path, name, way):
 @pytest.mark.parametrize("name", KERNELS)
 def test_it_comes_again_where_no_machine_code_can_count(files, tmp_path, monkeypatch, name):
     trace = boot(tmp_path / "t", files[name], lambda machine: Visitor.sit_down(machine, PIECES, [999]))
-    monkeypatch.setattr(countdown, "_machine_code", lambda: None)
+    monkeypatch.setattr(countdown, "placed", lambda _code: None)
     assert replayed(tmp_path / "t") == (trace, None)
 
 
