@@ -72,7 +72,7 @@ def digests(guest: Guest) -> Digests:
     modules = () if guest.protocol is None else guest.protocol.modules
     return Digests(
         digest(manifest.image.file, ELF_FILE_LIMIT, ImageError),
-        None if manifest.path == manifest.image.file else digest(manifest.path, MANIFEST_LIMIT, ManifestError),
+        digest(manifest.path, MANIFEST_LIMIT, ManifestError) if manifest.is_file else None,
         tuple(digest(module, ELF_FILE_LIMIT, ImageError) for module in modules),
     )
 
@@ -111,4 +111,4 @@ def _header(machine: Machine, files: Digests, names: _Names) -> Header:
 
 def _boot(protocol: BootProtocol, files: Digests, names: Sequence[str] | None) -> RecordedBoot:
     named = map(str, protocol.modules) if names is None else names
-    return RecordedBoot(protocol.name, protocol.command_line, files.modules, tuple(named))
+    return RecordedBoot(protocol.name, protocol.command_line, files.modules, protocol.names, tuple(named))

@@ -12,7 +12,7 @@ from attrs import evolve
 
 from vmm.errors import InputError, OptionError
 from vmm.exits import Record
-from vmm.guest import linux
+from vmm.guest import linux, multiboot
 from vmm.guest.ept import ept_from
 from vmm.guest.files import one_line, shown
 from vmm.guest.loader import load_guest
@@ -64,10 +64,13 @@ def guest_of(header: Header, target: str | None = None, modules: Sequence[str] =
 
 
 def _load(image: Path, modules: tuple[Path, ...], header: Header, boot: RecordedBoot) -> Guest:
+    text, memory, seconds = boot.command_line, header.memory, float("inf")
     if boot.protocol == linux.PROTOCOL and len(modules) <= 1:
         initrd = modules[0] if modules else None
-        return linux.load_linux(
-            image, initrd=initrd, command_line=boot.command_line, memory=header.memory, seconds=float("inf")
+        return linux.load_linux(image, initrd=initrd, command_line=text, memory=memory, seconds=seconds)
+    if boot.protocol == multiboot.PROTOCOL and boot.names:
+        return multiboot.load_multiboot(
+            image, modules=modules, command_line=text, memory=memory, seconds=seconds, names=boot.names
         )
     what = f"loaded by {shown(boot.protocol)} with {len(modules)} modules, which this VMM does not know"
     raise InputError(what, where=_HEADER, fix=RECORD_AGAIN)

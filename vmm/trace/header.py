@@ -21,16 +21,23 @@ class RecordedBoot:
     """How the guest of a trace was loaded, if that was by a boot protocol (``vmm.guest.loader.BootProtocol``).
 
     ``modules`` are the SHA-256 of the files that were loaded besides the image, ``files`` how they were named.
+    ``names`` are what the guest was told they are called, the image first; empty if it was not.
     """
 
     protocol: str
     command_line: str
     modules: tuple[str, ...]
+    names: tuple[str, ...]
     files: tuple[str, ...]
 
     def to_json(self) -> Json:
         """Its keys in the header."""
-        words = {"protocol": self.protocol, "command_line": self.command_line, "modules": list(self.modules)}
+        words = {
+            "protocol": self.protocol,
+            "command_line": self.command_line,
+            "modules": list(self.modules),
+            "names": list(self.names),
+        }
         return {"boot": words, "files": list(self.files)}
 
     @classmethod
@@ -39,12 +46,14 @@ class RecordedBoot:
         if "boot" not in line:
             return None
         words = _key(line, "boot", dict)
-        modules, files = _key(words, "modules", list), _key(line, "files", list)
-        if not all(isinstance(each, str) and _SHA256.fullmatch(each) for each in modules):
+        modules, names, files = _texts(words, "modules"), _texts(words, "names"), _texts(line, "files")
+        if not all(map(_SHA256.fullmatch, modules)):
             raise ValueError('no usable "modules"')
-        if len(files) != len(modules) or not all(isinstance(each, str) for each in files):
+        if len(names) not in (0, 1 + len(modules)):
+            raise ValueError('no usable "names"')
+        if len(files) != len(modules):
             raise ValueError('no usable "files"')
-        return cls(_key(words, "protocol", str), _key(words, "command_line", str), tuple(modules), tuple(files))
+        return cls(_key(words, "protocol", str), _key(words, "command_line", str), modules, names, files)
 
 
 @frozen(slots=True)
@@ -129,6 +138,13 @@ def _key(line: Mapping[str, Any], key: str, kind: type) -> Any:  # noqa: ANN401 
     if type(value) is not kind:
         raise ValueError(f'no usable "{key}"')
     return value
+
+
+def _texts(line: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = _key(line, key, list)
+    if not all(isinstance(each, str) for each in value):
+        raise ValueError(f'no usable "{key}"')
+    return tuple(value)
 
 
 def _number(line: Mapping[str, Any], key: str, least: int) -> int:
