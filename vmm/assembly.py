@@ -21,7 +21,7 @@ from vmm.guest.manifest import WorkpieceSpec
 from vmm.host_memory import HostMemory
 from vmm.host_monitors import HostMonitors
 from vmm.host_views import HostViews
-from vmm.inputs import Inputs
+from vmm.inputs import Inputs, Place
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
@@ -232,9 +232,16 @@ class Assembly:
         processor = self.loop.processors[0]
         countdown = processor.vcpu.free.countdown
         assert countdown is not None
-        pc = Pc(self.reporter, countdown, self.console.emit, lambda: self.state.finish("reset", {}))
+        pc = Pc(
+            self.reporter,
+            countdown,
+            self.inputs,
+            send=self.console.emit,
+            reset=lambda: self.state.finish("reset", {}),
+        )
         processor.board = pc
         self.exits[0].clock, self.exits[0].features = pc.now, pc_cpuid
+        self.exits[0].answered = pc.exit_answered
         return pc
 
     def raise_interrupt(self, vector: int, vcpu: int) -> None:
@@ -320,8 +327,10 @@ class Assembly:
                 vcpu.free.ask_to_stop()
 
     def _print(self, data: bytes) -> None:
-        for printer in self.printers:
-            printer(data)
+        if self.printers:
+            with self.inputs.at(Place.OUTPUT):
+                for printer in self.printers:
+                    printer(data)
 
     @property
     def keeps_wx(self) -> bool:

@@ -8,7 +8,7 @@ import signal
 import pc_guests
 import pytest
 from pc_guests import MASTER, prologue
-from terminal_session import Session
+from terminals import Session
 from test_cli_process import wait_until_it_runs
 
 from vmm.guest.linux import load_linux

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from boots import APPEND
-from terminal_session import ROOT, Session
+from terminals import ROOT, Session
 
 from vmm.memory import PAGE
 
