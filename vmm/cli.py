@@ -172,6 +172,7 @@ def run(target: str, **options: Any) -> int:  # noqa: ANN401 - click's values
     help="Put the SHA-256 of this memory into the state. May be repeated.",
 )
 @click.option("--symbols", metavar="FILE", help="Write the kernel's own symbols, found in its memory, as nm does.")
+@click.option("--attribute", is_flag=True, help="Record the instruction of every patch, however many (slower).")
 @click.option("--audit", is_flag=True, help="Check the bytes of each block whenever it is entered (slow).")
 @click.option("--check", is_flag=True, help="Check the rules of the trap after every transition.")
 @click.option("--seconds", type=float, metavar="S", help="Time limit; 600 by default, none at a terminal.")

@@ -74,4 +74,5 @@ def _header(machine: Machine, files: tuple[str, str | None], target: str | None)
         seed=guest.manifest.schedule.seed if options.seed is None else options.seed,
         interactive=machine.reporter.interactive,
         exact_ports=tuple(machine.ports.exact_outside),
+        callers=options.callers,
     )

@@ -14,6 +14,7 @@ from vmm.commands.typist import Typist
 from vmm.errors import InputError, OptionError
 from vmm.guest.files import read_file, shown
 from vmm.guest.linux import DEFAULT_MEMORY, load_linux
+from vmm.guest.manifest import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +41,7 @@ class BootRequest:
     expect: str | None = None
     state: str | None = None
     symbols: str | None = None
+    attribute: bool = False
     hashes: tuple[str, ...] = ()
     audit: bool = False
     check: bool = False
@@ -58,12 +60,14 @@ def boot(request: BootRequest) -> int:
         command_line=request.append,
         memory=DEFAULT_MEMORY if request.memory is None else parse_size(request.memory),
         seconds=float("inf") if interactive else DEFAULT_SECONDS,
+        policy=Policy(reads="adaptive", writes="attribute") if request.attribute else None,
     )
     run_request = RunRequest(
         request.kernel,
         trace=request.trace,
         expect=request.expect,
         state=request.state,
+        callers=request.trace is not None,
         kernel_symbols=request.symbols,
         hashes=request.hashes,
         audit=request.audit,

@@ -55,6 +55,8 @@ class RunRequest:
     check: bool = False
     no_traps: bool = False
     blocks: bool = False
+    #: Put the return addresses on the stack into the records of modifications.
+    callers: bool = False
     quiet: bool = False
     everything: bool = False
     #: Where to write the symbols that a Linux kernel has in its memory at the end.
@@ -79,6 +81,7 @@ class RunRequest:
             check=self.check,
             traps=not self.no_traps,
             block_events=self.blocks,
+            callers=self.callers,
             capacity=self.capacity,
             seconds=self.seconds,
             input=read_input(self.input),

@@ -24,6 +24,7 @@ class Header:
     is how the guest was named, ``seed`` what the turns of several vCPUs were drawn from, ``ept`` what of the EPT's
     profile was not as by default. ``interactive`` is whether anybody could act on the guest, so that each exit was
     taken at an instruction boundary. ``exact_ports`` are those of a host program's devices that want one.
+    ``callers`` is whether modifications have return addresses; the header does not mention it where they have not.
     """
 
     guest: str
@@ -40,6 +41,7 @@ class Header:
     seed: int
     interactive: bool
     exact_ports: tuple[int, ...]
+    callers: bool = False
 
     def to_json(self) -> Json:
         """The header's object."""
@@ -57,6 +59,7 @@ class Header:
                 "capacity": self.capacity,
                 "single_step": self.single_step,
                 "traps": self.traps,
+                **({"callers": True} if self.callers else {}),
             },
             "seed": self.seed,
             "interactive": self.interactive,
@@ -86,6 +89,7 @@ class Header:
             seed=_number(line, "seed", 0),
             interactive=_key(line, "interactive", bool),
             exact_ports=tuple(exact),
+            callers="callers" in options and _key(options, "callers", bool),
         )
 
 
