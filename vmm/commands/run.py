@@ -14,7 +14,7 @@ from vmm.commands.diagnostics import Diagnostics
 from vmm.commands.given import parse_time, read_input
 from vmm.commands.interrupt import Interruption
 from vmm.commands.outputs import STDOUT, OutputFile, Outputs
-from vmm.commands.progress import Progress
+from vmm.commands.progress import Progress, of_machine
 from vmm.commands.screen import Screen, standard_error, standard_output
 from vmm.commands.summary import add_row, introduce, summarize
 from vmm.errors import GuestError
@@ -193,7 +193,7 @@ class _Run:
             introduce(machine, self.screen.painter)
         # Nothing to show progress for where every record goes to the same terminal.
         wanted = not (request.quiet or request.live) and not (request.everything and sys.stdout.isatty())
-        with Progress(machine, wanted=wanted) as progress:
+        with Progress(of_machine(machine), wanted=wanted) as progress:
             self.screen.before = progress.hide
             interruption.break_in = machine.break_in
             end = run_to_end(machine)
