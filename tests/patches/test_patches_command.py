@@ -36,8 +36,8 @@ RECORDS = [
 TABLES = """
 by mechanism                           patches  modifications       bytes
 returns                                      1              2           8
-by a window                                  1              1           2
 SMP locks                                    1              1           1
+by a window                                  1              1           2
 reuse of memory                              1              1           1
 
 by function                            patches  modifications       bytes
@@ -80,7 +80,7 @@ def test_the_summary_counts_everything_in_three_ways(files):
     assert "trace     trace.jsonl: 5 modifications in 4 patches\n" in result.output
     assert "symbols   map: 19, as they are\n" in result.output
     assert TABLES in result.output
-    assert "windows   1 modifications, 2 bytes: no instruction is known; boot with --attribute" in result.output
+    assert "windows   1 modification, 2 bytes: no instruction is known; boot with --attribute" in result.output
 
 
 def test_a_kernel_that_was_moved_is_found(files):

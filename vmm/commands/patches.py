@@ -95,7 +95,7 @@ def _conclude(
     painter, total = screen.painter, summary.total
     if request.every:
         painter.line()
-    counts = f"{total.modifications:,} modifications in {total.patches:,} patches"
+    counts = f"{_counted(total.modifications, 'modification')} in {_counted(total.patches, 'patch')}"
     _row("trace", f"{one_line(request.trace)}: {counts}", painter)
     if symbols is None:
         _row("symbols", "none, so that functions are not known; give --symbols", painter, Style.BAD)
@@ -112,13 +112,19 @@ def _conclude(
 def _remarks(summary: Summary, painter: Painter) -> None:
     windows = summary.mechanisms.get(Mechanism.WINDOW)
     if windows is not None:
-        what = f"{windows.modifications:,} modifications, {windows.size:,} bytes: no instruction is known"
+        counts = f"{_counted(windows.modifications, 'modification')}, {_counted(windows.size, 'byte')}"
+        what = f"{counts}: no instruction is known"
         _row("windows", f"{what}; boot with --attribute to have it", painter, Style.BAD)
     poked = summary.behind_int3
     if poked.patches:
-        _row("INT3", f"{poked.patches:,} patches were made behind a breakpoint", painter)
+        _row("INT3", f"{_counted(poked.patches, 'patch')} made behind a breakpoint", painter)
     if summary.same.patches:
-        _row("the same", f"{summary.same.patches:,} patches stored the bytes that were there", painter)
+        _row("the same", f"{_counted(summary.same.patches, 'patch')} of bytes by the same bytes", painter)
+
+
+def _counted(count: int, word: str) -> str:
+    plural = "es" if word.endswith("ch") else "s"
+    return f"{count:,} {word}{'' if count == 1 else plural}"
 
 
 def _row(label: str, text: str, painter: Painter, style: Style = Style.PLAIN) -> None:
