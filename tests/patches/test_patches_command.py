@@ -102,11 +102,11 @@ def test_without_symbols_it_says_so_and_counts_all_the_same(files):
 def test_the_list_shows_instructions_with_names(files):
     output = vmm("trace.jsonl", "--symbols", "map", "--list").output
     assert output.startswith(
-        "3-4  patched_function: 5 bytes by apply_returns (returns), through the address that is executed\n"
+        "3-4  patched_function: 5 bytes by apply_returns (returns)\n"
         f"    - jmp {PLACE:#x} <patched_function>"
     )
     assert "    + nop [rax+rax]" in output
-    assert f"through text_poke's temporary mapping {POKE:#x}\n    - lock " in output
+    assert f"through text_poke's temporary mapping at {POKE:#x}\n    - lock " in output
     assert "patched_function+0x40: 2 bytes, by a window\n" in output
 
 
@@ -115,6 +115,27 @@ def test_a_trace_without_patches(files):
     result = vmm("none.jsonl")
     assert result.exit_code == 0
     assert "0 modifications in 0 patches" in result.output
+
+
+def test_a_trace_without_a_kernel_is_called_one(files):
+    early = evolve(store(), gva=physical(PLACE), rip=0x200_0000, executed_at=None)
+    trace_file(files / "early.jsonl", [fetch(physical(PLACE), physical(PLACE)), modification(early)])
+    output = vmm("early.jsonl").output
+    assert "kernel    none: nothing was executed in the upper half of the address space\n" in output
+    assert re.search(r"^before a kernel +1 +1 +1$", output, re.MULTILINE)
+    assert re.search(r"^an identity mapping +1 +1 +1$", output, re.MULTILINE)
+    assert "kernel    none" not in vmm("trace.jsonl").output
+
+
+def test_where_a_frame_is_executed_is_remembered(files):
+    """text_poke's address space may not show that the frame is the kernel's: what came before does."""
+    place = at("some_driver")
+    poke = store(place, gva=POKE, callers=["__text_poke"])
+    for first in (modification(store(place)), fetch(physical(place) & -0x1000, place & -0x1000)):
+        trace_file(files / "known.jsonl", [*RECORDS[:2], first, modification(evolve(poke, executed_at=None))])
+        output = vmm("known.jsonl", "--symbols", "map", "--list").output
+        assert "some_driver: 1 byte, text_poke, for whom is not known, through text_poke's temporary mapping" in output
+        assert f" at {POKE:#x}\n" in output
 
 
 class TestBadInput:

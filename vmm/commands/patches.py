@@ -54,6 +54,9 @@ def patches(request: PatchesRequest) -> Status:
                 summary.add(patch, attribution)
                 if request.every:
                     listing.show(patch, attribution)
+    if stores.is_early:
+        what = "none: nothing was executed in the upper half of the address space"
+        _row("kernel", what, screen.painter, Style.BAD)
     _conclude(request, summary, symbols, told, screen)
     return Status.OK
 

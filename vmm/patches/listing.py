@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 from vmm.decode import disassemble
+from vmm.patches.mapping import Mapping
 from vmm.patches.mechanism import Attribution, Mechanism
 from vmm.trace.names import named_instruction
 from vmm.trace.painter import Painter, Style
@@ -23,6 +24,8 @@ _BYTES: Final = 16
 _CONTENTS: Final = frozenset({Mechanism.REUSE, Mechanism.USER_MEMORY, Mechanism.BEFORE_KERNEL})
 #: Prefixes that are patched by themselves: the kernel takes LOCK away where there is one processor.
 _PREFIXES: Final = {b"\xf0": "lock", b"\x3e": "ds"}
+#: Mappings that go without saying.
+_SAME: Final = frozenset({Mapping.OWN, Mapping.USER_OWN})
 _MEMORY: Final = re.compile(r"\[(0x[0-9a-f]+)\]")
 
 
@@ -40,9 +43,9 @@ class Listing:
         steps = ", behind an INT3" if patch.behind_int3 else ""
         who = attribution.function
         by = f" by {who} ({attribution.mechanism.value})" if who else f", {attribution.mechanism.value}"
-        through = "" if first.gva is None else f", through {patch.mapping.value}"
-        if first.gva is not None and patch.start != patch.executed_at:
-            through += f" {patch.start:#x}"
+        through = ""
+        if first.gva is not None and patch.mapping not in _SAME:
+            through = f", through {patch.mapping.value} at {patch.start:#x}"
         size = len(patch.new)
         count = f"{size} byte{'' if size == 1 else 's'}"
         self._painter.line(f"{numbers}  {self._place(patch)}: {count}{by}{through}{steps}", Style.CHANGE)

@@ -40,7 +40,7 @@ class Mechanism(enum.Enum):
     LIVE_PATCHES = "live patches"
     MODULES = "modules"
     TEXT_POKE = "text_poke, for whom is not known"
-    BEFORE_KERNEL = "before the kernel proper"
+    BEFORE_KERNEL = "before a kernel"
     REUSE = "reuse of memory"
     USER_MEMORY = "the kernel in user memory"
     USER_CODE = "user code"

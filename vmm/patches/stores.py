@@ -50,7 +50,8 @@ class Stores:
         #: Lines read so far, for whoever shows how far it has come.
         self.lines = 0
         self._reader = reader
-        self._is_early = True
+        #: Whether nothing has been executed in the kernel's half so far.
+        self.is_early = True
         #: Of each frame, the linear page that it was last known to be fetched by.
         self._fetched: dict[int, int] = {}
 
@@ -64,16 +65,13 @@ class Stores:
 
     def _learn(self, record: Json) -> None:
         rip, gpa, gva = record.get("rip"), record.get("gpa"), record.get("gva")
-        if self._is_early and type(rip) is int and is_kernel(rip):
-            self._is_early = False
+        if self.is_early and type(rip) is int and is_kernel(rip):
+            self.is_early = False
         if record.get("number") != 48 or type(gpa) is not int or type(gva) is not int:
             return
         qualification = record.get("qualification")
         if type(qualification) is int and qualification & _FETCH:
-            self._fetched.pop(gpa & -PAGE, None)
-            self._fetched[gpa & -PAGE] = gva & -PAGE
-            if len(self._fetched) > _FRAMES:
-                del self._fetched[next(iter(self._fetched))]
+            self._remember(gpa, gva)
 
     def _store(self, seq: int, record: Json) -> Store:
         gpa = self._number(record, "gpa")
@@ -84,16 +82,24 @@ class Stores:
             self._refuse("cause" if not isinstance(cause, str) else "old")
         executed = self._executed_at(gpa, gva, self._addresses(record, "aliases"))
         callers = self._addresses(record, "callers")
-        return Store(seq, gpa, gva, rip, old, new, cause, callers, executed, self._is_early)
+        return Store(seq, gpa, gva, rip, old, new, cause, callers, executed, self.is_early)
 
     def _executed_at(self, gpa: int, gva: int | None, aliases: tuple[int, ...]) -> int | None:
         """The kernel's image is executed where it lies, even if it was entered by another address."""
         places = aliases if gva is None else (gva, *aliases)
         image = next((place for place in places if place >= KERNEL_IMAGE), None)
         if image is not None:
+            self._remember(gpa, image)
             return image
         page = self._fetched.get(gpa & -PAGE)
         return None if page is None else page | gpa % PAGE
+
+    def _remember(self, gpa: int, place: int) -> None:
+        """A frame is executed by the linear page of ``place``."""
+        self._fetched.pop(gpa & -PAGE, None)
+        self._fetched[gpa & -PAGE] = place & -PAGE
+        if len(self._fetched) > _FRAMES:
+            del self._fetched[next(iter(self._fetched))]
 
     def _number(self, record: Json, key: str) -> int:
         value: Any = record.get(key)
