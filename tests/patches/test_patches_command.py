@@ -24,7 +24,7 @@ PLACE = at("patched_function")
 JUMP = bytes.fromhex("e9fbffffff")
 NOP = bytes.fromhex("0f1f440000")
 RECORDS = [
-    fetch(0x100_0000, 0x100_0000),
+    fetch(0x100_0000, at("_text")),
     injection(14, at("asm_exc_page_fault")),
     modification(store(PLACE, JUMP[:4], NOP[:4], callers=["text_poke_early", "apply_returns"])),
     modification(store(PLACE + 1, JUMP[1:], NOP[1:], callers=["text_poke_early", "apply_returns"])),

@@ -54,6 +54,8 @@ HOT_FRAME: Final = 16
 _ALLOWED: Final = PERMISSION_MASK | USER_EXECUTE
 _READS: Final = ("step", "grant", "adaptive")
 _WRITES: Final = ("step", "window", "adaptive", "attribute")
+#: What makes windows of hot frames only.
+_ADAPTIVE: Final = ("adaptive", "attribute")
 
 
 @frozen(slots=True)
@@ -292,7 +294,7 @@ class Trap:
         refused = self.refusals.of_violation(frame, violation, WRITE)
         if refused is not None:
             return refused
-        self.control.open_window(frame, "store" if self.policy.writes == "window" else "hot frame")
+        self.control.open_window(frame, "hot frame" if self.policy.writes in _ADAPTIVE else "store")
         return None
 
     def close_windows(self) -> None:
