@@ -279,11 +279,10 @@ class Trap:
         """
         if self.refusals.keeps_wx:
             return True
-        if self.policy.writes == "step" or self.instruction.lies_in(frame) or self._is_fetched_with_store(frame):
+        wanted = self.policy.writes == "window" or (self.policy.writes in _ADAPTIVE and frame.traps >= HOT_FRAME)
+        if not wanted or self.instruction.lies_in(frame) or self._is_fetched_with_store(frame):
             return False
-        if self.policy.writes == "window":
-            return True
-        return frame.traps >= HOT_FRAME and not (self.policy.writes == "attribute" and self.mmu.may_execute(frame))
+        return self.policy.writes != "attribute" or not self.mmu.may_execute(frame)
 
     def _is_fetched_with_store(self, frame: Frame) -> bool:
         """Whether the block that the store is in ends in the frame: it is fetched as a whole, before the store."""
