@@ -52,7 +52,7 @@ def physical(linear: int) -> int:
     return linear - TEXT + PHYSICAL
 
 
-def store(place=None, old=b"\x90", new=b"\xcc", *, rip="memcpy_orig", callers=(), gva=None, seq=1, cause="store",
+def store(place=None, old=b"\x90", new=b"\x91", *, rip="memcpy_orig", callers=(), gva=None, seq=1, cause="store",
           executed=True) -> Store:
     """A store to a linear address of the kernel's text, ``gva`` if through another one."""
     place = at("patched_function") if place is None else place

@@ -202,3 +202,46 @@ class TestAttribution:
             made.run()
             ends.append((made.state(), made.architectural()))
         assert ends[0] == ends[1]
+
+    def test_it_is_live_if_only_another_address_space_executes_it(self):
+        """As with text_poke: the store is made in an address space that maps the frame writable and nothing else."""
+        first, second = 0x70000, 0x78000
+        tables = two_spaces(first, second)
+        code = f"""
+            mov ebx, {TARGET}; call rbx
+            mov r12d, 40
+        again:
+            mov eax, {second}; mov cr3, rax
+            mov ebx, {VIEW + 1}; mov byte ptr [rbx], r12b
+            mov eax, {first}; mov cr3, rax
+            dec r12d
+            jnz again
+            {tiny.END}
+        """
+        parts = {CODE: f"mov eax, {first}; mov cr3, rax; mov eax, {CODE + 0x100}; jmp rax", **tables}
+        parts[CODE] = tiny.assemble(parts[CODE]).ljust(0x100, b"\x90") + tiny.assemble(code, CODE + 0x100)
+        made = tiny.build({**parts, FRAME: FUNCTION}, code=[CODE, FRAME], options=WANTED,
+                          policy=Policy(writes="attribute", code="fetch"))
+        made.run()
+        assert [record.cause for record in made.modifications] == ["store"] * 40
+
+
+def two_spaces(first: int, second: int) -> dict[int, bytes]:
+    """Page tables at two places: both map the first 2 MiB to themselves, the first for execution of TARGET, too.
+
+    Each takes five pages: PML4, PDPT, PD, and page tables for the first 2 MiB and for VIEW.
+    """
+    out = {}
+    for root, executes in ((first, True), (second, False)):
+        pages = [bytearray(PAGE) for _ in range(6)]
+        entries = [(0, 0, root + PAGE), (1, 0, root + 2 * PAGE), (2, 0, root + 3 * PAGE)]
+        entries += [(1, VIEW >> 30, root + 4 * PAGE), (4, 0, root + 5 * PAGE)]
+        for table, index, target in entries:
+            struct.pack_into("<Q", pages[table], 8 * index, target | 7)
+        for page in range(0x100):
+            if page << 12 != TARGET or executes:
+                struct.pack_into("<Q", pages[3], 8 * page, page << 12 | 7)
+        if not executes:
+            struct.pack_into("<Q", pages[5], 0, FRAME | 7 | 1 << 63)
+        out[root] = b"".join(pages)
+    return out

@@ -470,7 +470,7 @@ class Mmu:
         current = self._context.cr3 & LEAF_ADDRESS
         space = space_of(self._context.cr0, self._context.cr3)
         places = [(space, page) for page in self.aliases(frame, 0)]
-        places += [place for place in frame.linear if place[0] != current]
+        places += [place for place in self._frames.reached_by(frame) if place[0] != current]
         found = (self.rights(root, page) for root, page in places)
         return any(host == frame.hpa and executable for host, _, executable in filter(None, found))
 
