@@ -60,10 +60,10 @@ class Callers:
 
     def _candidates(self, pc: int, stack: bytes) -> tuple[int, ...]:
         lowest, highest = pc - _REACH, pc + _REACH
-        found: dict[int, None] = {}
-        for word in struct.unpack_from(f"<{len(stack) // 8}Q", stack):
-            if lowest <= word < highest and word not in found and _ends_in_call(self._code_before(word)):
-                found[word] = None
+        found: list[int] = []
+        for word in dict.fromkeys(struct.unpack_from(f"<{len(stack) // 8}Q", stack)):
+            if lowest <= word < highest and _ends_in_call(self._code_before(word)):
+                found.append(word)
                 if len(found) == MOST:
                     break
         return tuple(found)
