@@ -6,6 +6,7 @@ import struct
 
 import pytest
 import tiny
+from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CODE, DATA, PAGE, STACK, STRICT, map_page
@@ -112,6 +113,16 @@ class TestWhatIsFound:
         made = tiny.build({entry: f"{code} {tiny.END}", FRAME: FUNCTION}, mode=mode, paging=paging, entry=entry,
                           options=WANTED, registers={"rsp": 0x8000})
         assert callers(made) == [()]
+
+
+    @pytest.mark.parametrize(
+        "options", [evolve(WANTED, single_step=True), evolve(WANTED, capacity=1), evolve(WANTED, block_events=True)]
+    )
+    def test_they_are_the_same_however_the_guest_is_run(self, options):
+        code = NESTED.replace("call outer", "mov r12d, 3; again: call outer; dec r12d; jnz again", 1)
+        found = callers(build(code))
+        assert [len(each) for each in found] == [2, 2, 2]
+        assert callers(build(code, options)) == found
 
 
 class TestHostileStacks:

@@ -52,7 +52,7 @@ _TABLES: Final = (
 
 @frozen(slots=True)
 class KernelSymbols:
-    """Symbols of a kernel that was moved by ``slide`` bytes; ``name`` is the file's. Falsy if there are none."""
+    """Symbols of a kernel that was moved by ``slide`` bytes; ``name`` is the file's."""
 
     name: str
     symbols: Symbols
