@@ -46,6 +46,7 @@ ROWS = [
     (poked(callers=["__text_poke", "some_driver"]), "some_driver", Mechanism.TEXT_POKE),
     (direct(rip="free_reserved_area"), "free_reserved_area", Mechanism.REUSE),
     (direct(rip="clear_page_orig", callers=["some_driver"]), "some_driver", Mechanism.REUSE),
+    (direct(rip="clear_page_orig", callers=["apply_returns"]), "apply_returns", Mechanism.REUSE),
     (evolve(store(cause="window"), rip=None, gva=None), None, Mechanism.WINDOW),
     (evolve(store(cause="host"), rip=None, gva=None), None, Mechanism.OUTSIDE),
     (evolve(store(), rip=USER, gva=USER, executed_at=USER), None, Mechanism.USER_CODE),

@@ -76,7 +76,9 @@ def _symbols(request: PatchesRequest) -> tuple[KernelSymbols | None, str]:
     if slide is not None:
         return evolve(symbols, slide=slide), f"moved by {slide:#x}, as given"
     with TraceReader(request.trace) as reader:
-        found = find_slide(symbols, reader)
+        line = f"{reader.name}: looking for where the kernel was"
+        with Progress(lambda: line, wanted=True):
+            found = find_slide(symbols, reader)
     if found is None:
         return symbols, "as they are: the trace does not tell whether the kernel was moved"
     return evolve(symbols, slide=found), f"moved by {found:#x}" if found else "as they are"

@@ -74,6 +74,8 @@ _HELPERS: Final = (
     "copy_user_*", "__copy_user*", "rep_movs_alternative", "rep_stos_alternative", "copy_from_kernel_nofault*",
     "copy_to_kernel_nofault*", "clear_user_*", "__put_user*", "text_poke*", "__text_poke*", "smp_text_poke*",
 )  # fmt: skip
+#: Mappings that the kernel patches its code through; memory is reused through any.
+_OF_PATCHERS: Final = frozenset({Mapping.OWN, Mapping.POKE, Mapping.OTHER})
 _TEXT_POKE: Final = ("text_poke*", "__text_poke*", "smp_text_poke*")
 #: How close to the patch itself an address on the stack is what a patcher works with, in bytes.
 _NEAR: Final = 16
@@ -113,7 +115,7 @@ class Attributor:
     def _by_name(self, patch: Patch, names: list[str]) -> Attribution:
         kinds = [self._kind(name) for name in names]
         for name, (mechanism, _, _) in zip(names, kinds, strict=True):
-            if mechanism is not None:
+            if mechanism is not None and patch.mapping in _OF_PATCHERS:
                 return Attribution(name, mechanism)
         function = next((name for name, kind in zip(names, kinds, strict=True) if not kind[1]), None)
         if any(pokes for _, _, pokes in kinds):
