@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import debian
@@ -55,7 +56,8 @@ def page(tmp_path_factory) -> Path:
     return guest
 
 
-def summarised(page: Path, name: str, capsys) -> tuple[Summary, int]:
+@lru_cache
+def summarised(page: Path, name: str) -> tuple[Summary, int]:
     """The summary of a trace, and how many modifications it has."""
     symbols = read_kernel_symbols(page / f"{name}.sym")
     trace = page / f"{name}.jsonl"
@@ -65,9 +67,6 @@ def summarised(page: Path, name: str, capsys) -> tuple[Summary, int]:
     with TraceReader(trace) as reader:
         for patch in join(Stores(reader)):
             summary.add(patch, attributor.of(patch))
-    with capsys.disabled():
-        sys.stdout.write(f"\n\nPatches of Debian's kernel, {name}.jsonl:\n\n")
-        summary.show(Painter(sys.stdout.write, color=False), functions=False)
     with trace.open("rb") as lines:
         return summary, sum(b'"kind": "modification"' in line for line in lines)
 
@@ -76,7 +75,10 @@ def summarised(page: Path, name: str, capsys) -> tuple[Summary, int]:
     ("name", "more"), [("boot", set()), ("off", {Mechanism.RETPOLINES}), ("plain", {Mechanism.WINDOW})]
 )
 def test_every_patch_is_accounted_for(page, name, more, capsys):
-    summary, modifications = summarised(page, name, capsys)
+    summary, modifications = summarised(page, name)
+    with capsys.disabled():
+        sys.stdout.write(f"\n\nPatches of Debian's kernel, {name}.jsonl:\n\n")
+        summary.show(Painter(sys.stdout.write, color=False), functions=False)
     for table in (summary.mechanisms, summary.functions, summary.mappings):
         assert sum(count.modifications for count in table.values()) == modifications
     assert {each for each, count in summary.mechanisms.items() if count.patches} >= ALWAYS | more
@@ -86,8 +88,8 @@ def test_every_patch_is_accounted_for(page, name, more, capsys):
     assert summary.behind_int3.patches > 5
 
 
-def test_with_attribution_every_store_to_live_code_has_its_function(page, capsys):
-    summary, modifications = summarised(page, "boot", capsys)
+def test_with_attribution_every_store_to_live_code_has_its_function(page):
+    summary, modifications = summarised(page, "boot")
     assert Mechanism.WINDOW not in summary.mechanisms
     assert None not in summary.functions
     assert modifications > 50_000
