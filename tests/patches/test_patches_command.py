@@ -186,3 +186,32 @@ def test_each_table_adds_up_to_all_modifications(tmp_path_factory, records):
         assert sum(count.modifications for count in table.values()) == len(records)
         assert sum(count.size for count in table.values()) == summary.total.size
     summary.show(Painter(StringIO().write, color=True), functions=True)
+
+
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 1 << 65),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=6),
+    st.binary(max_size=6).map(bytes.hex),
+    st.lists(st.integers(-1, 1 << 65), max_size=4),
+)
+KEYS = ("gpa", "gva", "rip", "old", "new", "cause", "callers", "aliases", "qualification", "number", "vector", "seq")
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(RECORDS), st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=2)), max_size=8
+    ),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_whatever_records_hold_they_are_counted_or_refused_in_one_line(tmp_path_factory, changed, every):
+    folder = tmp_path_factory.mktemp("any")
+    path = trace_file(folder / "trace", [{**record, **other} for record, other in changed])
+    symbols_file(folder / "map")
+    result = vmm(str(path), "--symbols", str(folder / "map"), *(["--list"] if every else []))
+    assert isinstance(result.exception, SystemExit | None), result.exception
+    assert result.exit_code in (0, 2)
+    assert result.stderr.count("\n") == (result.exit_code == 2)
