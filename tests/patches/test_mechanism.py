@@ -47,6 +47,7 @@ ROWS = [
     (direct(rip="free_reserved_area"), "free_reserved_area", Mechanism.REUSE),
     (direct(rip="clear_page_orig", callers=["some_driver"]), "some_driver", Mechanism.REUSE),
     (direct(rip="clear_page_orig", callers=["apply_returns"]), "apply_returns", Mechanism.REUSE),
+    (direct(rip="clear_page_orig", callers=["text_poke_early", "some_driver"]), "some_driver", Mechanism.REUSE),
     (evolve(store(cause="window"), rip=None, gva=None), None, Mechanism.WINDOW),
     (evolve(store(cause="host"), rip=None, gva=None), None, Mechanism.OUTSIDE),
     (evolve(store(), rip=USER, gva=USER, executed_at=USER), None, Mechanism.USER_CODE),

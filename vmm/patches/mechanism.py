@@ -93,12 +93,22 @@ class Attribution:
     mechanism: Mechanism
 
 
+@frozen(slots=True)
+class _Role:
+    """A function: the mechanism that it belongs to, whether it stores for others, whether that is to poke text."""
+
+    function: str
+    mechanism: Mechanism | None
+    is_helper: bool
+    pokes: bool
+
+
 @define(slots=True)
 class Attributor:
     """Says who made patches; ``symbols`` are None where none were given."""
 
     symbols: KernelSymbols | None
-    _kinds: dict[str, tuple[Mechanism | None, bool, bool]] = field(factory=dict)
+    _roles: dict[str, _Role] = field(factory=dict)
 
     def of(self, patch: Patch) -> Attribution:
         """Who made a patch."""
@@ -113,13 +123,14 @@ class Attributor:
         return self._by_name(patch, list(self._chain(patch)))
 
     def _by_name(self, patch: Patch, names: list[str]) -> Attribution:
-        kinds = [self._kind(name) for name in names]
-        for name, (mechanism, _, _) in zip(names, kinds, strict=True):
-            if mechanism is not None and patch.mapping in _OF_PATCHERS:
-                return Attribution(name, mechanism)
-        function = next((name for name, kind in zip(names, kinds, strict=True) if not kind[1]), None)
-        if any(pokes for _, _, pokes in kinds):
-            return Attribution(function, Mechanism.TEXT_POKE)
+        roles = [self._role(name) for name in names]
+        function = next((role.function for role in roles if not role.is_helper), None)
+        if patch.mapping in _OF_PATCHERS:
+            for role in roles:
+                if role.mechanism is not None:
+                    return Attribution(role.function, role.mechanism)
+            if any(role.pokes for role in roles):
+                return Attribution(function, Mechanism.TEXT_POKE)
         return Attribution(function or next(iter(names), None), _by_mapping(patch.mapping) or Mechanism.OTHER)
 
     def _chain(self, patch: Patch) -> Iterator[str]:
@@ -135,13 +146,13 @@ class Attributor:
             if name is not None:
                 yield name.partition(".")[0] or name
 
-    def _kind(self, name: str) -> tuple[Mechanism | None, bool, bool]:
-        """The mechanism that a function belongs to; whether it stores for others; whether it pokes text."""
-        kind = self._kinds.get(name)
-        if kind is None:
+    def _role(self, name: str) -> _Role:
+        role = self._roles.get(name)
+        if role is None:
             mechanism = next((each for each, patterns in _FUNCTIONS.items() if _matches(name, patterns)), None)
-            kind = self._kinds[name] = (mechanism, _matches(name, _HELPERS), _matches(name, _TEXT_POKE))
-        return kind
+            role = _Role(name, mechanism, is_helper=_matches(name, _HELPERS), pokes=_matches(name, _TEXT_POKE))
+            self._roles[name] = role
+        return role
 
 
 def _by_mapping(mapping: Mapping) -> Mechanism | None:
