@@ -118,8 +118,8 @@ class Assembly:
             self.vcpus,
             self._fields,
             keeps_wx=self.keeps_wx,
-            control=self.control,
             flush=self.flush,
+            tlb=self.tlb,
         )
 
     def _make_host_memory(self) -> HostMemory:
@@ -149,6 +149,7 @@ class Assembly:
         tlb = StrictTlb(self.memory, self.reporter, self.flush)
         self.control.invalidate = tlb.invalidate_gpa
         self.ept.entry_written = tlb.ept_entry_written
+        self.door.tables = tlb
         return tlb
 
     def _make_vcpu(self, number: int) -> VirtualCpu:
@@ -222,7 +223,7 @@ class Assembly:
     def _keep_log(self) -> LogKeeper | None:
         if self.ept.log is None:
             return None
-        keeper = LogKeeper(self.ept.log, self.every_view, self.reporter, self.flush)
+        keeper = LogKeeper(self.ept.log, self.every_view, self.reporter, self.flush, self.tlb)
         for processor in self.loop.processors:
             processor.log = keeper
         return keeper

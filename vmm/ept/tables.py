@@ -60,8 +60,8 @@ class ExtendedPageTables:
     def __init__(self, profile: EptProfile | None = None, *, host_size: int = 1 << 52) -> None:
         self.profile: Final = profile or EptProfile()
         self.rules: Final = EntryRules.of(self.profile)
-        #: Told of each ``write_entry``: the level, and the first GPA that the entry translates.
-        self.entry_written: Callable[[int, int], None] | None = None
+        #: Told of each ``write_entry``: the EPTP, the level, and the first GPA that the entry translates.
+        self.entry_written: Callable[[int, int, int], None] | None = None
         self._structures = PagingStructures(self.rules, host_size)
         #: Sub-page write permissions; None without that control.
         self.sub_pages = (
@@ -256,7 +256,7 @@ class ExtendedPageTables:
         table[gpa >> shift_of(level) & ENTRIES - 1] = raw
         self._forget(gpa & page_mask(level), 1 << shift_of(level))
         if self.entry_written is not None:
-            self.entry_written(level, gpa & page_mask(level))
+            self.entry_written(self.eptp, level, gpa & page_mask(level))
 
     def map(self, gpa: int, hpa: int, permissions: Permission, *, size: int = PAGE) -> None:
         """Map one page of ``size`` bytes (4 KiB, 2 MiB or 1 GiB) at ``gpa`` to ``hpa``, as write-back memory.

@@ -11,6 +11,7 @@ from vmm.ept.log import FIRST_INDEX
 from vmm.ept.views import Views
 from vmm.exits import ExitReason, LogEntry, PageModificationLogFull
 from vmm.reporter import Reporter
+from vmm.tlb import StrictTlb
 
 
 @define(slots=True, eq=False)
@@ -21,6 +22,8 @@ class LogKeeper:
     views: Views
     reporter: Reporter
     flush: Callable[[], None]
+    #: Strict staleness, None without it.
+    tlb: StrictTlb | None = None
 
     def full(self, rip: int) -> None:
         """The access at ``rip`` has met a full log: a VM exit. It is drained, unless a handler has dealt with it."""
@@ -35,9 +38,11 @@ class LogKeeper:
         self.report()
         self.log.index = FIRST_INDEX
         if clean:
-            for view in self.views.all:
-                for gpa in pages:
+            for gpa in pages:
+                for view in self.views.all:
                     view.ept.clean(gpa)
+                if self.tlb is not None:
+                    self.tlb.invept_page(None, gpa)
             self.flush()
         return pages
 
