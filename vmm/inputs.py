@@ -82,15 +82,16 @@ class Answer(Input):
 
 @frozen(slots=True)
 class Inject(Input):
-    """An event for the next VM entry."""
+    """An event for the next VM entry of a vCPU; None, in old traces: of the one at work."""
 
     name: ClassVar[str] = "inject"
 
     event: Event
+    vcpu: int | None = None
 
     def apply(self, machine: Machine) -> None:
         """Inject."""
-        machine.inject(self.event)
+        machine.inject(self.event, vcpu=self.vcpu)
 
 
 @frozen(slots=True)
@@ -359,15 +360,19 @@ class MonitorTrap(Input):
 
 @frozen(slots=True)
 class DrainLog(Input):
-    """The host emptied the page-modification log, and if ``clean`` cleared the dirty flags of the pages in it."""
+    """The host emptied the page-modification log of a vCPU, and if ``clean`` cleared the dirty flags of its pages.
+
+    A ``vcpu`` of None, in old traces, is the one at work.
+    """
 
     name: ClassVar[str] = "drain"
 
     clean: bool
+    vcpu: int | None = None
 
     def apply(self, machine: Machine) -> None:
         """Empty it."""
-        machine.drain_log(clean=self.clean)
+        machine.drain_log(clean=self.clean, vcpu=self.vcpu)
 
 
 @frozen(slots=True)

@@ -1,5 +1,7 @@
-"""SDM vol. 3, 29.3 and 29.4, once more, for data pages of one logical processor: views, permissions, sub-pages, accessed
-and dirty flags, their log, and cached mappings that last until the architecture drops them. Nothing of ``vmm`` is in it.
+"""SDM vol. 3, 29.3 and 29.4, once more, for data pages of one logical processor, with nothing of ``vmm`` in it.
+
+That is views, permissions, sub-pages, accessed and dirty flags with their log, and cached mappings that last until the
+architecture drops them.
 
 Guest-physical pages and frames are numbers; page ``n`` leads to frame ``n`` where nobody has it lead elsewhere.
 """

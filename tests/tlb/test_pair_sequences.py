@@ -8,8 +8,8 @@ import pytest
 import tiny
 from attrs import define, field
 from hypothesis import example, given, settings
-from second_stage import R, W
 from second_stage import Processor as Model
+from second_stage import R, W
 from tlb_machine import PRESENT, WRITABLE, build, entry
 
 from vmm.ept import Capabilities, EptProfile, Permission

@@ -74,7 +74,7 @@ class ExtendedPageTables:
         self._present: Final = self.rules.present
         self._needs_read: Final = self.rules.needs_read
         self._clean: Final = CLEAN if self.profile.accessed_dirty else 0
-        #: Gets each page whose dirty flag is set; None if nothing is logged.
+        #: Gets each page whose dirty flag is set: the log of the vCPU at work. None if nothing is logged.
         self.log = PageModificationLog() if self._clean and self.profile.page_modification_log else None
         self._pte_reserved: Final = self.rules.level(1).leaf_reserved
         #: For ``protect``, a short cut: the bits of a PTE that decide about misconfigurations, besides permissions; and
