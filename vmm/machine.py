@@ -374,8 +374,8 @@ class Machine:
 
     @property
     def stale(self) -> int:
-        """Executions of stale code that were reported, under a weaker coherence model."""
-        return 0 if self.sanitizer is None else self.sanitizer.found
+        """Executions of stale code under a weaker coherence model, but for those of what another vCPU has written."""
+        return 0 if self.sanitizer is None else self.sanitizer.found - self.sanitizer.of_others
 
     @property
     def stale_translations(self) -> int:
