@@ -136,6 +136,7 @@ def guests(*, as_json: bool) -> None:
     type=click.Choice(["coherent", "serialised", "explicit"]),
     help="How late changed code may be seen, instead of the manifest's policy; stale execution is reported.",
 )
+@click.option("--views", is_flag=True, help="Show where the views of the EPT differ at the end.")
 @click.option("--all", "everything", is_flag=True, help="Show every record: fold no loops, cut nothing off.")
 @click.option("-q", "--quiet", is_flag=True, help="Show nothing but what is wrong.")
 @click.option("-v", "--verbose", is_flag=True, help="Tell on standard error what the VMM itself does.")
