@@ -49,11 +49,12 @@ class Combined:
 
 @define
 class Processor:
-    """``events`` is all that can be seen of what happens, in order."""
+    """``events`` is all that can be seen of what happens, in order. One that does not cache walks for each access."""
 
     pages: int
     views: int
     lines: int
+    caches: bool = True
     view: int = 0
     events: list = field(factory=list)
     index: int = LOG_ENTRIES - 1
@@ -183,7 +184,10 @@ class Processor:
             if found != "again":
                 return found
 
-    def _attempt(self, line: int, offset: int, kind: int, opened: bool = False) -> int | str | None:
+    def _attempt(self, line: int, offset: int, kind: int) -> int | str | None:
+        if not self.caches:
+            self.below.clear()
+            self.combined.clear()
         view, mapping = self.view, self.combined.get((self.view, line))
         if mapping is None or (kind == W and not mapping.dirty):
             page = self.ptes[line][0]
