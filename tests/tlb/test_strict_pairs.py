@@ -409,3 +409,35 @@ def test_of_several_vcpus_only_those_are_concerned_that_use_the_view(view, singl
     run(made)
     found = [(record.vcpu, record.view, record.missing) for record in stale(made)]
     assert found == [(view, view, "INVEPT")]
+
+
+class TestHiddenPatches:
+    """What is executed in place of the guest's bytes is so by a cached mapping as well."""
+
+    FUNCTION = 0x33000
+
+    @pytest.mark.parametrize(("patch", "end"), [("nop", "port"), ("hlt", "halt")])
+    def test_an_instruction_is_the_patched_one(self, options, patch, end):
+        made = build(
+            f"mov esi, {self.FUNCTION:#x}\ncall esi\ncall esi\n",
+            options=options,
+            extra={self.FUNCTION: "nop\nnop\nret"},
+        )
+        made.machine.patch_hidden(self.FUNCTION + 1, tiny.assemble(patch, CODE, 32))
+        assert made.run().reason == end
+        assert made.machine.read(self.FUNCTION, 3) == b"\x90\x90\xc3"
+        mmu = made.machine.vcpu.mmu
+        mmu.forget_all_fetches()
+        assert mmu.code_bytes(self.FUNCTION)[1:2] == tiny.assemble(patch, CODE, 32)
+
+    def test_a_mapping_that_is_stale_leads_to_the_frame_that_has_it(self, options):
+        made = build(
+            f"mov dword ptr [{PAGE:#x}], 0x01b8\nmov dword ptr [{PAGE + 4:#x}], 0xc300\ncall {PAGE:#x}\nmov ebx, eax\n"
+            + ELSEWHERE
+            + f"call {PAGE:#x}\nmov ecx, eax\n",
+            options=options,
+        )
+        made.machine.patch_hidden(PLACE + 1, b"\x07")
+        run(made)
+        assert [made.machine.register(name) for name in ("rbx", "rcx")] == [7, 7]
+        assert [(record.access, record.missing) for record in stale(made)] == [("fetch", "INVLPG")]

@@ -127,7 +127,10 @@ class StrictMmu(Mmu):
         if known is None:
             return super()._peek_fetch(gva)
         host = known.leaf & ADDRESS_MASK or self._ept.host_page(known.translation.gpa)
-        return None if host is None else host | gva & _OFFSET
+        if host is None:
+            return None
+        side = self.fetch_side
+        return host | gva & _OFFSET if side is None else side.host(host | gva & _OFFSET)
 
     # What is not cached
 
