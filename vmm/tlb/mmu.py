@@ -262,24 +262,23 @@ class StrictMmu(Mmu):
 
     def _structures_read(self, read: list[Entry]) -> tuple[StructureRead, ...]:
         """These entries, with the EPT's entries for the places where they lie."""
-        hosts = [self._host_of_structure(entry.gpa) for entry in read]
         return tuple(
             StructureRead(
-                EntryRead(entry.name, entry.gpa, entry.raw, hpa=-1 if host is None else host),
+                EntryRead(entry.name, entry.gpa, entry.raw, hpa=self._host_of_structure(entry.gpa)),
                 self._ept_entries(entry.gpa),
             )
-            for entry, host in zip(read, hosts, strict=True)
+            for entry in read
         )
 
-    def _host_of_structure(self, gpa: int) -> int | None:
-        """Where a walk would read an entry at ``gpa``; None if the EPT is against it, for reasons not of the trap."""
+    def _host_of_structure(self, gpa: int) -> int:
+        """Where a walk would read an entry at ``gpa``, an HPA; -1 if the EPT is against it, not counting the trap."""
         needed, leaf = self.structures.needed, self._ept.look(gpa)
         host = self._ept.host_page(gpa)
         if host is None or leaf == MISCONFIGURED:
-            return None
+            return -1
         is_code = self._frames.at(host).state not in (FrameState.DATA, FrameState.WINDOW)
         if leaf & needed != needed and not (is_code and self.view.can_allow(gpa, needed)):
-            return None
+            return -1
         return host | gpa & _OFFSET
 
     def _ept_entries(self, gpa: int) -> tuple[EntryRead, ...]:
@@ -305,7 +304,7 @@ class StrictMmu(Mmu):
     def _by_guest(self, control: Control, page: int, read: list[Entry]) -> tuple[int | None, int]:
         """The GPA of a linear page by these entries, and the accesses that they allow; None if they lead nowhere."""
         leaf = read[-1] if read else None
-        if leaf is None or any(self._host_of_structure(entry.gpa) is None for entry in read):
+        if leaf is None or any(self._host_of_structure(entry.gpa) < 0 for entry in read):
             return None, 0
         if leaf.page_size is None or leaf.reserved or not leaf.present:
             return None, 0
