@@ -15,7 +15,6 @@ to the first boundary at which it does.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -38,7 +37,8 @@ from vmm.devices import (
     system_control,
     uart,
 )
-from vmm.devices.virtual_time import NANOSECONDS, Timers
+from vmm.devices.virtual_time import Timers
+from vmm.inputs import Inputs, Place, Serial
 from vmm.instruction_exits import TICKS_PER_EXIT
 from vmm.reporter import Reporter
 
@@ -51,25 +51,38 @@ _TIMER_IRQ, _COM1_IRQ, _CLOCK_IRQ = 0, 4, 8
 
 
 class Outside(Protocol):
-    """Somebody at the console who lives in the host's time."""
+    """Somebody at the console who has a time of his own: the host's, or that of a recording."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something has come from there already."""
 
     def poll(self) -> bytes:
         """What has come from there since the last call."""
 
-    def wait(self, seconds: float) -> None:
-        """Wait until something comes, at most so long; less is allowed."""
+    def sleep(self, nanoseconds: int | None) -> int | None:
+        """The processor is halted, and the next alarm is due so much later (None: none is): how long it sleeps.
+
+        No longer than that; less if something comes before. None if nothing ever will.
+        """
 
 
 class Pc:
     """Implements ``vmm.board.Board``.
 
-    With somebody ``outside``, runs do not repeat: what is typed there comes when it comes, and a halted processor
-    waits for as long as its devices say. ``send`` gets what the guest sends over COM1, ``reset`` is called when it
-    resets the machine.
+    With somebody ``outside``, what is typed there comes when it comes, at an instruction boundary, and a halted
+    processor waits for as long as its devices say. ``send`` gets what the guest sends over COM1, ``reset`` is called
+    when it resets the machine, ``inputs`` is told of what comes from outside.
     """
 
     def __init__(
-        self, reporter: Reporter, countdown: Countdown, send: Callable[[bytes], None], reset: Callable[[], None]
+        self,
+        reporter: Reporter,
+        countdown: Countdown,
+        inputs: Inputs,
+        *,
+        send: Callable[[bytes], None],
+        reset: Callable[[], None],
     ) -> None:
         self._reporter = reporter
         self._countdown = countdown
@@ -81,6 +94,8 @@ class Pc:
         self.clock: Final = RealTimeClock(self.now, self.timers, line(_CLOCK_IRQ))
         self.com1: Final = SerialPort(send, line(_COM1_IRQ))
         self._reset = reset
+        self._inputs = inputs
+        inputs.clock = self.now
         self.outside: Outside | None = None
 
     def attach(self, bus: PortBus) -> None:
@@ -106,6 +121,11 @@ class Pc:
         executed = self._countdown.entered * TICKS_PER_BLOCK
         return self._reporter.total * TICKS_PER_EXIT + executed + self._skipped
 
+    def receive(self, data: bytes) -> int:
+        """COM1 receives something: how many bytes of it are taken (see ``uart.BACKLOG``)."""
+        self._inputs.note(Serial(data))
+        return self.com1.receive(data)
+
     # vmm.board.Board
 
     @property
@@ -119,8 +139,11 @@ class Pc:
 
     def settle(self) -> None:
         """Let the alarms go off that are due, and in what comes from outside."""
-        if self.outside is not None and (typed := self.outside.poll()):
-            self.com1.receive(typed)
+        if self.outside is not None:
+            with self._inputs.at(Place.BOUNDARY):
+                typed = self.outside.poll()
+                if typed:
+                    self.receive(typed)
         self.timers.advance(self.now())
 
     def arm(self) -> None:
@@ -139,26 +162,20 @@ class Pc:
     def sleep(self) -> bool:
         """Go on to the next alarm, or to what comes from outside."""
         when = self.timers.next
-        if self.outside is not None:
-            self._wait(self.outside, None if when is None else when - self.now())
-        elif when is None:
+        rest = None if when is None else max(0, when - self.now())
+        slept = rest if self.outside is None else self.outside.sleep(rest)
+        if slept is None:
             return False
-        else:
-            self._skipped += max(0, when - self.now())
+        self._skipped += slept
         self.settle()
         return True
 
-    def _wait(self, outside: Outside, nanoseconds: int | None) -> None:
-        """Let as much virtual time pass as the host waits."""
-        start = time.monotonic_ns()
-        longest = NANOSECONDS if nanoseconds is None else nanoseconds
-        if longest > 0:
-            outside.wait(longest / NANOSECONDS)
-        self._skipped += max(0, min(time.monotonic_ns() - start, longest))
-
-    def knock(self) -> None:
-        """Something has come from outside: have the engine stop soon. From any thread; no run repeats after that."""
-        self._countdown.hurry()
+    def exit_answered(self) -> None:
+        """An exit was answered in the middle of a block: that took time, so something may be due at the next one."""
+        when = self.timers.next
+        is_late = when is not None and when <= self.now()
+        if is_late or (self.outside is not None and self.outside.waiting):
+            self.come_out()
 
     def come_out(self) -> None:
         """Have the engine stop before the next block; for callbacks of the engine."""

@@ -17,6 +17,7 @@ from vmm.commands.outputs import STDOUT, OutputFile, Outputs
 from vmm.commands.progress import Progress, of_machine
 from vmm.commands.screen import Screen, standard_error, standard_output
 from vmm.commands.summary import add_row, introduce, summarize
+from vmm.commands.views import show_views
 from vmm.devices.uart import BACKLOG
 from vmm.errors import GuestError, OptionError
 from vmm.exits import End
@@ -58,6 +59,8 @@ class RunRequest:
     blocks: bool = False
     #: Put the return addresses on the stack into the records of modifications.
     callers: bool = False
+    #: Show where the views of the EPT differ at the end.
+    views: bool = False
     quiet: bool = False
     everything: bool = False
     #: Where to write the symbols that a Linux kernel has in its memory at the end.
@@ -124,8 +127,7 @@ def _typing(name: str) -> Callable[[Machine], None]:
     data = read_input(name) or b""
 
     def type_it(machine: Machine) -> None:
-        assert machine.pc is not None
-        if machine.pc.com1.receive(data) < len(data):
+        if machine.type_in(data) < len(data):
             raise OptionError(f"more than {BACKLOG:#x} bytes", where="--input", fix="give less")
 
     return type_it
@@ -260,6 +262,9 @@ class _Run:
         elif self.request.live and not self.request.quiet:
             self.screen.write("\r\n" if sys.stdout.isatty() else "\n")
             self._summarize(outcome, verdict)
+        if self.request.views:
+            show_views(self.machine, self.screen.painter)
+            self.screen.flush()
         self._complain(outcome, verdict)
         if outcome.status is Status.OK and verdict is not None and not verdict.ok:
             return Status.WRONG

@@ -28,11 +28,13 @@ from vmm.errors import ImageError, OptionError
 from vmm.guest.boot import BootState, CpuBoot, SystemArea
 from vmm.guest.files import one_line, read_file
 from vmm.guest.image import ELF_FILE_LIMIT, ELF_MAGIC, LoadedImage, Segment
-from vmm.guest.loader import Guest
+from vmm.guest.loader import BootProtocol, Guest
 from vmm.guest.manifest import MEMORY_LIMIT, CpuSpec, End, Image, Limits, MachineSpec, Manifest, Policy
 from vmm.guest.pc_boot import HIGH_MEMORY, MIB, advise, check_memory, encode_command_line, memory_map
 from vmm.guest.symbols import Symbols
 
+#: What a trace calls it.
+PROTOCOL: Final = "linux"
 PAGE: Final = 4096
 #: Bytes of RAM that a kernel gets unless told otherwise.
 DEFAULT_MEMORY: Final = 256 * MIB
@@ -130,7 +132,9 @@ def load_linux(
         end=End(halt=True),
         limits=Limits(exits=1 << 62, seconds=seconds),
     )
-    return Guest(manifest, found.image, found.entry, boot=_boot_state(found.entry, memory, writes), is_pc=True)
+    boot = _boot_state(found.entry, memory, writes)
+    protocol = BootProtocol(PROTOCOL, command_line, () if initrd is None else (initrd,))
+    return Guest(manifest, found.image, found.entry, boot=boot, is_pc=True, protocol=protocol)
 
 
 # The kernel

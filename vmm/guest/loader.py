@@ -39,6 +39,20 @@ _BARE_ROOM: Final = 1 << 20
 
 
 @frozen(slots=True)
+class BootProtocol:
+    """How a guest that has no manifest was loaded: what it finds follows from this, the image and the size of RAM.
+
+    ``name`` is that of the protocol, ``modules`` are the files that were loaded besides the image, in order. ``names``
+    are those that the guest is told, the image's first, of a protocol that tells them.
+    """
+
+    name: str
+    command_line: str
+    modules: tuple[Path, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+@frozen(slots=True)
 class Guest:
     """A guest, checked and ready to build.
 
@@ -55,6 +69,8 @@ class Guest:
     #: Whether the devices of a PC are around it.
     is_pc: bool = False
     hidden: tuple[tuple[int, bytes], ...] = ()
+    #: None for a guest with a manifest, and for a bare image.
+    protocol: BootProtocol | None = None
 
     @property
     def name(self) -> str:

@@ -67,6 +67,8 @@ class Frame:
     overridden: bool = False
     #: Whether stores to it are judged by the sub-page permission table, so that it is R-- where it would be RW-.
     guarded: bool = False
+    #: Of a guarded frame: the sub-pages that may be written, as 32 bits.
+    writable: int = 0
     #: Writes trapped since the frame became code, and reads trapped so far, for the adaptive policy.
     traps: int = 0
     reads: int = 0

@@ -120,6 +120,11 @@ class Mmu:
         self._mode_of: tuple[int, int, int] = (-1, 0, 0)
         self._mode = PagingMode.of(0, 0, 0)
 
+    @property
+    def pc(self) -> int:
+        """The linear address of the instruction that the vCPU is at."""
+        return self._context.pc
+
     def use(self, view: View) -> None:
         """Translate by another view from now on; the engines' TLBs are for the caller to flush."""
         self.view = view

@@ -9,7 +9,7 @@ store to code           one instruction is stepped (``step``), or the frame beco
                         or steps first and a window once it is hot (``adaptive``), or once it is hot and
                         no page tables let it be executed any more (``attribute``)
 read of code            one instruction is stepped, or the frame becomes R-X (``grant``),
-                        or steps first and R-X once it is hot (``adaptive``)
+                        or steps first and R-X once it is read often (``adaptive``)
 store to sealed         #GP(0), the bytes stay
 page walk in code       the frame becomes R-X; accessed and dirty flags go through the door
 ======================  ==============================================================================
@@ -47,9 +47,10 @@ from vmm.trap.virtualization import VIRTUALIZATION_EXCEPTION, VirtualizationExce
 if TYPE_CHECKING:
     from vmm.monitors.watcher import Watcher
 
-#: Trapped writes to one frame after which the adaptive policy opens a window, and trapped reads after which it grants
-#: reads.
+#: Trapped writes to one frame after which the adaptive policy opens a window.
 HOT_FRAME: Final = 16
+#: Trapped reads of one after which it grants reads: fewer, since a read says less.
+READ_OFTEN: Final = 4
 
 _ALLOWED: Final = PERMISSION_MASK | USER_EXECUTE
 _READS: Final = ("step", "grant", "adaptive")
@@ -196,13 +197,13 @@ class Trap:
             return False
         frame = self.frames.at(host)
         if violation.access == READ:
-            hot = frame.reads >= HOT_FRAME
-            return self.policy.reads == "step" or (self.policy.reads == "adaptive" and not hot)
+            often = frame.reads >= READ_OFTEN
+            return self.policy.reads == "step" or (self.policy.reads == "adaptive" and not often)
         return frame.state is not FrameState.CODE or not self._wants_window(frame)
 
     def _admit(self, violation: Violation) -> Event | Stop | None:
         """Open what a violation in a step asks for; an event to deliver instead, or ``Stop.ASKED`` to give up."""
-        verdict = None if self.sub_pages is None else self.sub_pages.judge(violation)
+        verdict = None if self.sub_pages is None or self._is_code(violation) else self.sub_pages.judge(violation)
         if verdict is not None and verdict[0] is not SubPageVerdict.FORBIDDEN:
             return self._admit_sub_pages(violation, *verdict)
         modifies = self._modifies(violation)
@@ -243,6 +244,10 @@ class Trap:
         if not self.mmu.view.can_allow(violation.gpa, violation.needed):
             raise DeniedAccess(violation)
         return self.frames.at(host)
+
+    def _is_code(self, violation: Violation) -> bool:
+        host = self._host_of(violation)
+        return host is not None and self.frames.at(host).lasting not in (FrameState.DATA, FrameState.WINDOW)
 
     def _host_of(self, violation: Violation) -> int | None:
         return violation.leaf or self.mmu.view.ept.host_page(violation.gpa)
