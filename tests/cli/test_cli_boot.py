@@ -210,6 +210,7 @@ def test_a_trace_has_the_callers_and_with_attribute_those_of_every_patch(boot, v
     summary = vmm("patches", trace)
     assert summary.exit_code == 0
     assert f"{len(made)} modifications in " in summary.stdout
+    assert vmm("replay", trace).exit_code == 0
 
 
 def test_without_a_trace_nothing_is_searched_for(boot, tmp_path):
