@@ -91,7 +91,7 @@ class Views:
             number, of.ept.copy(ROOT + number * _ROOM), dict(of.limits), dict(of.hosts), set(of.convertible)
         )
         for gpa, hpa in made.hosts.items():
-            self._frames.at(hpa).elsewhere.append((number, gpa))
+            self._frames.at(hpa).elsewhere += ((number, gpa),)
         self.all.append(made)
         for view in self.all:
             view.shown = view.number
@@ -176,10 +176,11 @@ class Views:
         self.plain = False
         before = view.hosts.pop(gpa, None)
         if before is not None:
-            self._frames.at(before).elsewhere.remove((view.number, gpa))
+            left = self._frames.at(before)
+            left.elsewhere = tuple(place for place in left.elsewhere if place != (view.number, gpa))
         if view.number and gpa not in frame.gpas:
             view.hosts[gpa] = frame.hpa
-            frame.elsewhere.append((view.number, gpa))
+            frame.elsewhere += ((view.number, gpa),)
         self._put(view, gpa, frame)
 
     def _put(self, view: View, gpa: int, frame: Frame) -> None:

@@ -83,7 +83,7 @@ class FrameControl:
         What was written through a window is journaled when it closes, whatever closes it.
         """
         before, frame.state = frame.state, state
-        frame.judged.clear()
+        frame.judge_again()
         if state in (FrameState.DATA, FrameState.WINDOW):
             self._blocks.invalidate(frame.hpa, PAGE, cause)
         if self.hidden is not None:
