@@ -36,6 +36,7 @@ from vmm.run_state import RunState
 from vmm.scheduler import Scheduler
 from vmm.tlb import StrictTlb
 from vmm.translation import BlockCache
+from vmm.trap.callers import Callers
 from vmm.trap.door import Door
 from vmm.trap.frames import RW, RWX, FrameControl
 from vmm.trap.guard import StepGuard
@@ -179,6 +180,8 @@ class Assembly:
     def _make_processor(self, vcpu: VirtualCpu) -> Processor:
         policy = self.guest.manifest.policy
         guard = StepGuard(self.memory, self.frames, self.control, self.door, vcpu)
+        if self.options.callers:
+            guard.callers = Callers(self.memory, self.frames, vcpu.mmu, vcpu.context)
         refusals = Refusals(
             policy.wx, self.frames, vcpu.mmu, vcpu.context, vcpu.instruction, self.reporter, finish=self.state.finish
         )

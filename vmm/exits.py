@@ -261,7 +261,8 @@ class Modification(Record):
     ``instruction`` numbers the stepped instruction: records of one store over two frames share it. ``gva`` and
     ``rip`` are None where no guest instruction is at work (``cause`` is not "store"). ``aliases`` are all
     linear addresses known to reach ``gpa`` in the current address space, ``blocks`` the identities of the
-    translated blocks that died, in order of creation.
+    translated blocks that died, in order of creation. ``callers`` are return addresses found on the stack, innermost
+    first (``vmm.trap.callers``); None where they were not looked for.
     """
 
     kind: ClassVar[str] = "modification"
@@ -275,9 +276,11 @@ class Modification(Record):
     instruction: int
     aliases: tuple[int, ...] = ()
     blocks: tuple[int, ...] = ()
+    callers: tuple[int, ...] | None = None
 
     def _fields(self) -> Json:
         """The modification; ``old`` and ``new`` as hexadecimal digits."""
+        callers = {} if self.callers is None else {"callers": list(self.callers)}
         return {
             "kind": "modification",
             "gpa": self.gpa,
@@ -290,6 +293,7 @@ class Modification(Record):
             "instruction": self.instruction,
             "aliases": list(self.aliases),
             "blocks": list(self.blocks),
+            **callers,
         }
 
 

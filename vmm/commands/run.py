@@ -14,7 +14,7 @@ from vmm.commands.diagnostics import Diagnostics
 from vmm.commands.given import parse_size, parse_time, read_input
 from vmm.commands.interrupt import Interruption
 from vmm.commands.outputs import STDOUT, OutputFile, Outputs
-from vmm.commands.progress import Progress
+from vmm.commands.progress import Progress, of_machine
 from vmm.commands.screen import Screen, standard_error, standard_output
 from vmm.commands.summary import add_row, introduce, summarize
 from vmm.commands.views import show_views
@@ -57,6 +57,8 @@ class RunRequest:
     check: bool = False
     no_traps: bool = False
     blocks: bool = False
+    #: Put the return addresses on the stack into the records of modifications.
+    callers: bool = False
     #: Show where the views of the EPT differ at the end.
     views: bool = False
     quiet: bool = False
@@ -91,6 +93,7 @@ class RunRequest:
             check=self.check,
             traps=not self.no_traps,
             block_events=self.blocks,
+            callers=self.callers,
             capacity=self.capacity,
             seconds=self.seconds,
             input=read_input(self.input),
@@ -218,7 +221,7 @@ class _Run:
             introduce(machine, self.screen.painter)
         # Nothing to show progress for where every record goes to the same terminal.
         wanted = not (request.quiet or request.live) and not (request.everything and sys.stdout.isatty())
-        with Progress(machine, wanted=wanted) as progress:
+        with Progress(of_machine(machine), wanted=wanted) as progress:
             self.screen.before = progress.hide
             interruption.break_in = machine.break_in
             end = run_to_end(machine)

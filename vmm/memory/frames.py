@@ -153,6 +153,14 @@ class Frames:
         known = self._regions.get(gpa & -REGION, ())
         return [linear | gpa & REGION - PAGE for where, linear in known if where == root]
 
+    def reached_by(self, frame: Frame) -> list[tuple[int, int]]:
+        """The (CR3, GVA page) pairs of all address spaces that are known to have reached a frame."""
+        found = list(frame.linear)
+        for gpa in (*frame.gpas, *(gpa for _, gpa in frame.elsewhere)):
+            regions = self._regions.get(gpa & -REGION, ())
+            found += [(root, linear | gpa & REGION - PAGE) for root, linear in regions]
+        return found
+
     def __iter__(self) -> Iterator[Frame]:
         return iter(self._frames.values())
 

@@ -470,6 +470,15 @@ class Mmu:
             candidates.update(self._frames.in_regions(root, gpa))
         return tuple(sorted(page + offset for page in candidates if self.peek(page) == frame.hpa))
 
+    def may_execute(self, frame: Frame) -> bool:
+        """Whether the page tables of an address space that was seen let a frame be fetched from, as they are now."""
+        current = self._context.cr3 & LEAF_ADDRESS
+        space = space_of(self._context.cr0, self._context.cr3)
+        places = [(space, page) for page in self.aliases(frame, 0)]
+        places += [place for place in self._frames.reached_by(frame) if place[0] != current]
+        found = (self.rights(root, page) for root, page in places)
+        return any(host == frame.hpa and executable for host, _, executable in filter(None, found))
+
     def _fixed_aliases(self, frame: Frame) -> list[int]:
         """The linear pages of a frame in the constant address space, ascending."""
         pages: set[int] = set()

@@ -122,11 +122,19 @@ class Door:
                 self.sanitizer.written(change.hpa, len(change.new), rip, vcpu, self.instruction)
         return [(self.instruction, change, self.invalidate(change, cause)) for change in changes]
 
-    def publish(self, entries: list[Entry], *, rip: int | None, cause: str, mmu: Mmu | None) -> None:
+    def publish(
+        self,
+        entries: list[Entry],
+        *,
+        rip: int | None,
+        cause: str,
+        mmu: Mmu | None,
+        callers: tuple[int, ...] | None = None,
+    ) -> None:
         """Show committed changes to whoever watches."""
         if self._reporter.observed:
             for number, change, dead in entries:
-                self._reporter.emit(self._modification(number, change, dead, rip, cause, mmu))
+                self._reporter.emit(self._modification(number, change, dead, rip, cause, mmu, callers))
 
     def invalidate(self, change: Change, cause: str) -> list[Block]:
         """Drop the blocks that overlap bytes which really changed; identical bytes kill nothing."""
@@ -184,7 +192,14 @@ class Door:
         self.record(changes, rip=None, cause="window", mmu=mmu)
 
     def _modification(
-        self, number: int, change: Change, dead: list[Block], rip: int | None, cause: str, mmu: Mmu | None
+        self,
+        number: int,
+        change: Change,
+        dead: list[Block],
+        rip: int | None,
+        cause: str,
+        mmu: Mmu | None,
+        callers: tuple[int, ...] | None,
     ) -> Modification:
         frame: Frame = self._frames.at(change.hpa)
         aliases = mmu.aliases(frame, change.hpa & _OFFSET) if mmu is not None else ()
@@ -198,6 +213,7 @@ class Door:
             instruction=number,
             aliases=aliases,
             blocks=tuple(block.number for block in dead),
+            callers=callers,
         )
 
 
