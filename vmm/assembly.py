@@ -12,8 +12,9 @@ from vmm.cpu.features import pc_cpuid
 from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Workpiece
 from vmm.devices.from_manifest import attach_inputs
 from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
-from vmm.ept import ExtendedPageTables, Permission
+from vmm.ept import ExtendedPageTables, PageModificationLog, Permission
 from vmm.ept.views import Views
+from vmm.errors import OptionError
 from vmm.guest import boot
 from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest
@@ -35,6 +36,7 @@ from vmm.run_state import RunState
 from vmm.scheduler import Scheduler
 from vmm.tlb import StrictTlb
 from vmm.translation import BlockCache
+from vmm.trap.callers import Callers
 from vmm.trap.door import Door
 from vmm.trap.frames import RW, RWX, FrameControl
 from vmm.trap.guard import StepGuard
@@ -82,7 +84,7 @@ class Assembly:
         self.inputs.contexts = [vcpu.context for vcpu in self.vcpus]
         self.loop: Final = self._make_loop()
         self.host_memory: Final = self._make_host_memory()
-        self.log: Final = self._keep_log()
+        self._keep_logs()
         self.events: Final = [self._hear(processor) for processor in self.loop.processors]
         #: Monitors and hidden patches (see ``monitor``, ``hook`` and ``patch_hidden``).
         self.monitors: Final = HostMonitors(self, self.events, self.flush, self._forget_fetches)
@@ -118,8 +120,8 @@ class Assembly:
             self.vcpus,
             self._fields,
             keeps_wx=self.keeps_wx,
-            control=self.control,
             flush=self.flush,
+            tlb=self.tlb,
         )
 
     def _make_host_memory(self) -> HostMemory:
@@ -149,6 +151,7 @@ class Assembly:
         tlb = StrictTlb(self.memory, self.reporter, self.flush)
         self.control.invalidate = tlb.invalidate_gpa
         self.ept.entry_written = tlb.ept_entry_written
+        self.door.tables = tlb
         return tlb
 
     def _make_vcpu(self, number: int) -> VirtualCpu:
@@ -177,6 +180,8 @@ class Assembly:
     def _make_processor(self, vcpu: VirtualCpu) -> Processor:
         policy = self.guest.manifest.policy
         guard = StepGuard(self.memory, self.frames, self.control, self.door, vcpu)
+        if self.options.callers:
+            guard.callers = Callers(self.memory, self.frames, vcpu.mmu, vcpu.context)
         refusals = Refusals(
             policy.wx, self.frames, vcpu.mmu, vcpu.context, vcpu.instruction, self.reporter, finish=self.state.finish
         )
@@ -219,13 +224,12 @@ class Assembly:
             processor.vcpu, self.memory, self.blocks, processor.step_over, audit=self.options.audit
         )
 
-    def _keep_log(self) -> LogKeeper | None:
-        if self.ept.log is None:
-            return None
-        keeper = LogKeeper(self.ept.log, self.every_view, self.reporter, self.flush)
-        for processor in self.loop.processors:
-            processor.log = keeper
-        return keeper
+    def _keep_logs(self) -> None:
+        """A page-modification log for each vCPU; the first one's is in the EPT from the start."""
+        log = self.ept.log
+        for number, processor in enumerate(self.loop.processors if log is not None else ()):
+            own = PageModificationLog() if number or log is None else log
+            processor.log = LogKeeper(number, own, self.every_view, self.reporter, self.flush, self.tlb)
 
     def _make_pc(self) -> Pc:
         """A PC's board for the first vCPU, whose time is the machine's."""
@@ -243,6 +247,20 @@ class Assembly:
         self.exits[0].clock, self.exits[0].features = pc.now, pc_cpuid
         self.exits[0].answered = pc.exit_answered
         return pc
+
+    def number_of(self, vcpu: int | None, where: str) -> int:
+        """The number of a vCPU, None being the one at work; raises ``OptionError`` for one that there is not."""
+        if vcpu is not None and not 0 <= vcpu < len(self.vcpus):
+            raise OptionError(f"vCPU {vcpu}", where=where, fix=f"there are {len(self.vcpus)}, counted from 0")
+        return self.current.number if vcpu is None else vcpu
+
+    def keeper_of(self, vcpu: int | None) -> LogKeeper:
+        """What keeps the page-modification log of a vCPU; raises ``OptionError`` where nothing is logged."""
+        keeper = self.loop.processors[self.number_of(vcpu, "page-modification log")].log
+        if keeper is None:
+            fix = "give a profile with page_modification_log and accessed_dirty"
+            raise OptionError("nothing is logged", where="page-modification log", fix=fix)
+        return keeper
 
     def raise_interrupt(self, vector: int, vcpu: int) -> None:
         """Make an external interrupt of a vCPU pending, as a device does."""

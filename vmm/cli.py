@@ -1,4 +1,4 @@
-"""The command line: ``vmm guests``, ``run``, ``boot``, ``check``, ``replay``, ``agree``, ``audit`` and ``ept``.
+"""The command line: ``vmm guests``, ``run``, ``boot``, ``patches``, ``check``, ``replay`` and the other commands.
 
 Exit statuses: 0 the guest ended as its manifest says and the script holds; 1 it did not; 2 bad input; 3 the guest
 died (triple fault, a budget used up, memory that does not exist); 130 Ctrl-C. Bad input gets one line on standard
@@ -141,6 +141,7 @@ def guests(*, as_json: bool) -> None:
 @click.option("--append", metavar="TEXT", help="Put this onto a Multiboot kernel's command line, behind its name.")
 @click.option("--memory", metavar="SIZE", help="RAM of a Multiboot kernel, like 64M (which it is by default).")
 @click.option("--module", "modules", metavar="FILE", multiple=True, help="Load a Multiboot module. May be repeated.")
+@click.option("--views", is_flag=True, help="Show where the views of the EPT differ at the end.")
 @click.option("--all", "everything", is_flag=True, help="Show every record: fold no loops, cut nothing off.")
 @click.option("-q", "--quiet", is_flag=True, help="Show nothing but what is wrong.")
 @click.option("-v", "--verbose", is_flag=True, help="Tell on standard error what the VMM itself does.")
@@ -178,6 +179,7 @@ def run(target: str, **options: Any) -> int:  # noqa: ANN401 - click's values
     help="Put the SHA-256 of this memory into the state. May be repeated.",
 )
 @click.option("--symbols", metavar="FILE", help="Write the kernel's own symbols, found in its memory, as nm does.")
+@click.option("--attribute", is_flag=True, help="Record the instruction of every patch, however many (slower).")
 @click.option("--audit", is_flag=True, help="Check the bytes of each block whenever it is entered (slow).")
 @click.option("--check", is_flag=True, help="Check the rules of the trap after every transition.")
 @click.option("--seconds", type=float, metavar="S", help="Time limit; 600 by default, none at a terminal.")
@@ -209,6 +211,19 @@ def check(trace: str, *, expect: str, guest: str | None, color: str) -> int:
     from vmm.commands.check import check as check_file  # noqa: PLC0415 - a command imports what it needs
 
     return check_file(trace, expect, guest, color=color)
+
+
+@main.command()
+@click.argument("trace")
+@click.option("--symbols", metavar="FILE", help="What `vmm boot --symbols` has written, or the kernel's System.map.")
+@click.option("--slide", metavar="N", help="By how much the kernel was moved, where the trace does not tell.")
+@click.option("--list", "every", is_flag=True, help="Show each patch with its instructions before and after.")
+@_color
+def patches(trace: str, *, symbols: str | None, slide: str | None, every: bool, color: str) -> int:
+    """Say what a Linux kernel patched in TRACE, which `vmm boot --trace` wrote: by mechanism, function and mapping."""
+    from vmm.commands.patches import PatchesRequest, patches  # noqa: PLC0415 - a command imports what it needs
+
+    return patches(PatchesRequest(trace, symbols=symbols, slide=slide, every=every, color=color))
 
 
 @main.group()

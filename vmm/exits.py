@@ -261,7 +261,8 @@ class Modification(Record):
     ``instruction`` numbers the stepped instruction: records of one store over two frames share it. ``gva`` and
     ``rip`` are None where no guest instruction is at work (``cause`` is not "store"). ``aliases`` are all
     linear addresses known to reach ``gpa`` in the current address space, ``blocks`` the identities of the
-    translated blocks that died, in order of creation.
+    translated blocks that died, in order of creation. ``callers`` are return addresses found on the stack, innermost
+    first (``vmm.trap.callers``); None where they were not looked for.
     """
 
     kind: ClassVar[str] = "modification"
@@ -275,9 +276,11 @@ class Modification(Record):
     instruction: int
     aliases: tuple[int, ...] = ()
     blocks: tuple[int, ...] = ()
+    callers: tuple[int, ...] | None = None
 
     def _fields(self) -> Json:
         """The modification; ``old`` and ``new`` as hexadecimal digits."""
+        callers = {} if self.callers is None else {"callers": list(self.callers)}
         return {
             "kind": "modification",
             "gpa": self.gpa,
@@ -290,6 +293,7 @@ class Modification(Record):
             "instruction": self.instruction,
             "aliases": list(self.aliases),
             "blocks": list(self.blocks),
+            **callers,
         }
 
 
@@ -476,7 +480,7 @@ class StaleTranslation(Record):
     entry the first GPA that it translates; ``old`` is what was cached of it, ``new`` what it is. ``writer`` is the
     instruction that changed it last (None: the host), ``writer_vcpu`` the vCPU at work then, ``time`` how many exits
     there had been; the last two are None if that is not known any more. ``missing`` is the instruction that should
-    have followed: "INVLPG" or "INVEPT".
+    have followed: "INVLPG" or "INVEPT". ``view`` is the EPT view in use, None on a machine that has only one.
     """
 
     kind: ClassVar[str] = "stale_translation"
@@ -493,11 +497,13 @@ class StaleTranslation(Record):
     writer_vcpu: int | None
     time: int | None
     missing: str
+    view: int | None = None
 
     def _fields(self) -> Json:
         names = ("rip", "access", "gva", "gpa", "entry", "place", "old", "new")
         authors = ("writer", "writer_vcpu", "time", "missing")
-        return {"kind": self.kind, **{name: getattr(self, name) for name in (*names, *authors)}}
+        view = {} if self.view is None else {"view": self.view}
+        return {"kind": self.kind, **{name: getattr(self, name) for name in (*names, *authors)}, **view}
 
 
 @frozen(slots=True)

@@ -105,6 +105,7 @@ def _header(machine: Machine, files: Digests, names: _Names) -> Header:
         seed=guest.manifest.schedule.seed if options.seed is None else options.seed,
         interactive=machine.reporter.interactive,
         exact_ports=tuple(machine.ports.exact_outside),
+        callers=options.callers,
         boot=None if guest.protocol is None else _boot(guest.protocol, files, names.modules),
     )
 

@@ -104,6 +104,7 @@ def machine_for(header: Header, guest: Guest, *, seconds: float | None = None) -
         single_step=header.single_step,
         traps=header.traps,
         block_events=header.blocks,
+        callers=header.callers,
         capacity=header.capacity,
         seed=header.seed,
         seconds=seconds,

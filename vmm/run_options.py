@@ -24,7 +24,8 @@ class RunOptions:
     ``audit`` checks the bytes of every block at every entry (slow). ``check`` verifies the rules of the trap after
     every transition. ``single_step`` executes everything on the stepping engine, one instruction at a time, as an
     oracle for the rest; without ``traps`` it does so in memory that is readable, writable and executable, so that no
-    access is refused and nothing is recorded. ``block_events`` has every block event reported. ``capacity`` is that of
+    access is refused and nothing is recorded. ``block_events`` has every block event reported, ``callers`` the return
+    addresses that are found on the stack at each modification of code (``vmm.trap.callers``). ``capacity`` is that of
     the block cache, in blocks. ``seconds`` overrides the manifest's wall-clock limit, ``seed`` (64 bits) that of its
     schedule, ``coherence``, ``wx`` and ``tlb`` its policy's, ``ept`` what the processor's EPT can do and what of it is
     enabled. ``input`` is what the guest reads at its input port instead of the manifest's file, ``time`` what its clock
@@ -36,6 +37,7 @@ class RunOptions:
     single_step: bool = False
     traps: bool = True
     block_events: bool = False
+    callers: bool = False
     capacity: int = DEFAULT_CAPACITY
     seconds: float | None = None
     seed: int | None = None

@@ -7,6 +7,7 @@ import signal
 
 import pc_guests
 import pytest
+import tiny
 from pc_guests import MASTER, prologue
 from terminals import Session
 from test_cli_process import wait_until_it_runs
@@ -178,3 +179,47 @@ def test_a_terminal_is_the_console(tmp_path, source):
         session.expect(b"exits")
         assert session.wait() == 0
         assert session.modes == session.before
+
+
+#: Calls a function that stores to another one, which is executed each time: forty times.
+PATCHER = """
+    mov esp, 0x120000; mov r12d, 40
+    again: call patch; call target; dec r12d; jnz again
+    mov al, 0; out 0xf4, al
+    patch: lea rbx, [rip + target]; mov byte ptr [rbx + 1], r12b; ret
+    .space 4096
+    target: mov al, 1; ret
+"""
+
+
+@pytest.mark.parametrize("attribute", [True, False])
+def test_a_trace_has_the_callers_and_with_attribute_those_of_every_patch(boot, vmm, tmp_path, attribute):
+    (tmp_path / "in.txt").write_bytes(b"")
+    trace = tmp_path / "trace.jsonl"
+    options = ["--attribute"] if attribute else []
+    run = boot("--kernel", kernel(tmp_path, PATCHER), "--input", tmp_path / "in.txt", "--trace", trace, *options)
+    assert run.exit_code in (0, 1), run.stderr
+    header, *records = map(json.loads, trace.read_text().splitlines())
+    assert header["options"]["callers"] is True
+    assert header["policy"]["writes"] == ("attribute" if attribute else "adaptive")
+    made = [record for record in records if record["kind"] == "modification"]
+    windows = [record for record in made if record["cause"] == "window"]
+    assert bool(windows) is not attribute
+    assert all("callers" not in record for record in windows)
+    (callers,) = {tuple(record["callers"]) for record in made if record["cause"] == "store"}
+    assert callers == (pc_guests.ENTRY + len(tiny.assemble("mov esp, 0x120000; mov r12d, 40; call 0x10100")),)
+    summary = vmm("patches", trace)
+    assert summary.exit_code == 0
+    assert f"{len(made)} modifications in " in summary.stdout
+    assert vmm("replay", trace).exit_code == 0
+
+
+def test_without_a_trace_nothing_is_searched_for(boot, tmp_path):
+    """The same run, to the byte, but for what is put on record."""
+    (tmp_path / "in.txt").write_bytes(b"")
+    states = []
+    for number, options in enumerate((["--trace", tmp_path / "trace.jsonl"], [])):
+        state = tmp_path / f"{number}.json"
+        boot("--kernel", kernel(tmp_path, PATCHER), "--input", tmp_path / "in.txt", "--state", state, *options)
+        states.append(state.read_bytes())
+    assert states[0] == states[1]

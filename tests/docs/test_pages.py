@@ -1,5 +1,7 @@
 """Every page of the documentation is followed from its first line to its last, as a newcomer would."""
 
+import contextlib
+
 import pytest
 from pages import ROOT, Block, Reader, blocks_of, matches, provide_commands
 
@@ -89,6 +91,21 @@ class TestReader:
     def test_a_block_that_nothing_is_done_with(self, reader, language, words):
         with pytest.raises(LookupError):
             reader.follow(block(language, "x\n", words))
+
+    @pytest.mark.parametrize(
+        ("text", "same"),
+        [
+            ("jmp 0xffff8123 <f+0x10>   1,234  e9fb\n", True),
+            ("jmp 0xffff81 <f+0x9> 7 90\n", True),
+            ("jmp 0xffff8123 <g+0x10>   1,234  e9fb\n", False),
+            ("jmp 0xffff8123 <f>   1,234  e9fb\n", False),
+            ("call 0xffff8123 <f+0x10>   1,234  e9fb\n", False),
+        ],
+    )
+    def test_figures_may_be_others_and_nothing_else(self, reader, text, same):
+        reader.follow(block("sh", "echo 'jmp 0xffff8123 <f+0x10>   1,234  e9fb'\n"))
+        with contextlib.nullcontext() if same else pytest.raises(AssertionError):
+            reader.follow(block("text", text, "figures"))
 
     def test_an_output_is_that_of_the_block_before_it(self, reader):
         reader.follow(block("sh", "echo one\n"))

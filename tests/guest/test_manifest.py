@@ -294,7 +294,7 @@ BAD = [
     (BIG + mapping(gpa="0", length="0x40000000") * 5, "[paging.map][4].length", "altogether"),
     # policy, console, end, limits
     (GOOD + "[policy]\nreads = 'allow'", "[policy].reads", '"step" or "grant" or "adaptive"'),
-    (GOOD + "[policy]\nwrites = 'grant'", "[policy].writes", '"step" or "window" or "adaptive"'),
+    (GOOD + "[policy]\nwrites = 'grant'", "[policy].writes", '"step" or "window" or "adaptive" or "attribute"'),
     (GOOD + "[policy]\ncode = 'store'", "[policy].code", '"load" or "fetch" or "seal"'),
     (GOOD + "[policy]\nwx = true", "[policy].wx", '"off" or "fault" or "stop"'),
     (TOP + IMAGE + PROTECTED + CPU + "[policy]\nwx = 'fault'", "[policy].wx", "without page tables"),

@@ -65,6 +65,12 @@ def test_every_bundled_guest_comes_again(name, way, tmp_path):
     assert_comes_again(tmp_path / "t", recorded(tmp_path / "t", GUESTS[name], WAYS[way]))
 
 
+def test_return_addresses_come_again(tmp_path):
+    trace = recorded(tmp_path / "t", GUESTS["call-site"], RunOptions(callers=True))
+    assert b'"callers": [' in trace
+    assert_comes_again(tmp_path / "t", trace)
+
+
 @pytest.mark.parametrize("script", sorted(ACTIONS.glob("[!a]*.script")), ids=lambda path: path.stem)
 def test_what_a_script_did_is_done_again_without_it(script, tmp_path):
     def act(machine):

@@ -37,6 +37,7 @@ VALUES = {
     "str | None": st.none() | st.text(),
     "bytes": st.binary(max_size=40),
     "tuple[int, ...]": st.lists(numbers, max_size=5).map(tuple),
+    "tuple[int, ...] | None": st.none() | st.lists(numbers, max_size=5).map(tuple),
 }
 
 

@@ -40,7 +40,7 @@ RIGHT = sum(range(1, ROUNDS + 1))
 POLICIES = [
     Policy(reads, writes, code)
     for reads in ("step", "grant", "adaptive")
-    for writes in ("step", "window", "adaptive")
+    for writes in ("step", "window", "adaptive", "attribute")
     for code in ("load", "fetch")
 ]
 

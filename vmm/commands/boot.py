@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from vmm.commands.given import parse_size
 from vmm.commands.run import RunRequest, run_guest
@@ -45,6 +45,7 @@ class BootRequest:
     expect: str | None = None
     state: str | None = None
     symbols: str | None = None
+    attribute: bool = False
     hashes: tuple[str, ...] = ()
     audit: bool = False
     check: bool = False
@@ -63,6 +64,7 @@ def boot(request: BootRequest) -> int:
         trace=request.trace,
         expect=request.expect,
         state=request.state,
+        callers=request.trace is not None,
         kernel_symbols=request.symbols,
         hashes=request.hashes,
         audit=request.audit,
@@ -84,14 +86,17 @@ def _load(request: BootRequest, *, seconds: float) -> Guest:
     """The kernel as Linux, or as Multiboot says if that is the only header that it has."""
     kernel, initrd = Path(request.kernel), None if request.initrd is None else Path(request.initrd)
     memory = DEFAULT_MEMORY if request.memory is None else parse_size(request.memory)
+    policy = evolve(ADAPTIVE, writes="attribute") if request.attribute else ADAPTIVE
     head = read_head(kernel, SEARCHED, error=ImageError, fix="give the path of a kernel")
     if is_bz_image(head) or find_header(head) is None:
         append = LINUX_CONSOLE if request.append is None else request.append
-        return load_linux(kernel, initrd=initrd, command_line=append, memory=memory, seconds=seconds)
+        return load_linux(
+            kernel, initrd=initrd, command_line=append, memory=memory, policy=policy, seconds=seconds
+        )
     modules = () if initrd is None else (initrd,)
     append = request.append or ""
     return load_multiboot(
-        kernel, modules=modules, command_line=append, memory=memory, policy=ADAPTIVE, seconds=seconds
+        kernel, modules=modules, command_line=append, memory=memory, policy=policy, seconds=seconds
     )
 
 

@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Final, Self
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from vmm.machine import Machine
@@ -18,13 +19,13 @@ _CLEAR: Final = "\r\x1b[K"
 
 
 class Progress:
-    """Shows on standard error how far a machine has come. It only reads counters, so that runs stay the same.
+    """Shows on standard error how far a run has come. ``line`` says it: from another thread, so that it only reads.
 
     ``hide`` takes the line away, so that something else can be written; it comes back by itself.
     """
 
-    def __init__(self, machine: Machine, *, wanted: bool) -> None:
-        self._machine = machine
+    def __init__(self, line: Callable[[], str], *, wanted: bool) -> None:
+        self._line = line
         self._lock = threading.Lock()
         self._shown = False
         self._over = threading.Event()
@@ -60,9 +61,15 @@ class Progress:
                 self._shown = True
                 _write(f"{_CLEAR}{self._line()}")
 
-    def _line(self) -> str:
-        exits, modifications = self._machine.reporter.total, self._machine.door.modifications
-        return f"{self._machine.guest.name}: {exits:,} exits, {modifications:,} modifications so far"
+
+def of_machine(machine: Machine) -> Callable[[], str]:
+    """Says how far a machine has come."""
+
+    def line() -> str:
+        exits, modifications = machine.reporter.total, machine.door.modifications
+        return f"{machine.guest.name}: {exits:,} exits, {modifications:,} modifications so far"
+
+    return line
 
 
 def _write(text: str) -> None:

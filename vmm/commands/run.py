@@ -14,9 +14,10 @@ from vmm.commands.diagnostics import Diagnostics
 from vmm.commands.given import parse_size, parse_time, read_input
 from vmm.commands.interrupt import Interruption
 from vmm.commands.outputs import STDOUT, OutputFile, Outputs
-from vmm.commands.progress import Progress
+from vmm.commands.progress import Progress, of_machine
 from vmm.commands.screen import Screen, standard_error, standard_output
 from vmm.commands.summary import add_row, introduce, summarize
+from vmm.commands.views import show_views
 from vmm.devices.uart import BACKLOG
 from vmm.errors import GuestError, OptionError
 from vmm.exits import End
@@ -56,6 +57,10 @@ class RunRequest:
     check: bool = False
     no_traps: bool = False
     blocks: bool = False
+    #: Put the return addresses on the stack into the records of modifications.
+    callers: bool = False
+    #: Show where the views of the EPT differ at the end.
+    views: bool = False
     quiet: bool = False
     everything: bool = False
     #: Where to write the symbols that a Linux kernel has in its memory at the end.
@@ -88,6 +93,7 @@ class RunRequest:
             check=self.check,
             traps=not self.no_traps,
             block_events=self.blocks,
+            callers=self.callers,
             capacity=self.capacity,
             seconds=self.seconds,
             input=read_input(self.input),
@@ -215,7 +221,7 @@ class _Run:
             introduce(machine, self.screen.painter)
         # Nothing to show progress for where every record goes to the same terminal.
         wanted = not (request.quiet or request.live) and not (request.everything and sys.stdout.isatty())
-        with Progress(machine, wanted=wanted) as progress:
+        with Progress(of_machine(machine), wanted=wanted) as progress:
             self.screen.before = progress.hide
             interruption.break_in = machine.break_in
             end = run_to_end(machine)
@@ -256,6 +262,9 @@ class _Run:
         elif self.request.live and not self.request.quiet:
             self.screen.write("\r\n" if sys.stdout.isatty() else "\n")
             self._summarize(outcome, verdict)
+        if self.request.views:
+            show_views(self.machine, self.screen.painter)
+            self.screen.flush()
         self._complain(outcome, verdict)
         if outcome.status is Status.OK and verdict is not None and not verdict.ok:
             return Status.WRONG

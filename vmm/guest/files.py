@@ -15,7 +15,10 @@ _SHOWN = 48
 
 def one_line(text: object) -> str:
     """``text`` with everything that could leave its line or drive a terminal escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def shown(value: object) -> str:

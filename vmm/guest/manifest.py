@@ -154,7 +154,7 @@ class Policy:
     """How the trap behaves; ``docs/manifest.md`` has the meaning of each word."""
 
     reads: Literal["step", "grant", "adaptive"] = "step"
-    writes: Literal["step", "window", "adaptive"] = "step"
+    writes: Literal["step", "window", "adaptive", "attribute"] = "step"
     code: Literal["load", "fetch", "seal"] = "fetch"
     coherence: Literal["coherent", "serialised", "explicit"] = "coherent"
     wx: Literal["off", "fault", "stop"] = "off"

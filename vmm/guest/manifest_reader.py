@@ -356,7 +356,7 @@ def policy_from(values: dict[str, Any], manifest: Manifest, origin: str) -> Poli
 def _policy(table: Table, machine: MachineSpec, image: Image, paging: Paging | None) -> Policy:
     policy = Policy(
         reads=table.choice("reads", ("step", "grant", "adaptive"), default="step"),
-        writes=table.choice("writes", ("step", "window", "adaptive"), default="step"),
+        writes=table.choice("writes", ("step", "window", "adaptive", "attribute"), default="step"),
         code=table.choice("code", ("load", "fetch", "seal"), default="load" if image.format == "elf64" else "fetch"),
         coherence=table.choice("coherence", ("coherent", "serialised", "explicit"), default="coherent"),
         wx=table.choice("wx", ("off", "fault", "stop"), default="off"),

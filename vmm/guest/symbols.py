@@ -120,28 +120,38 @@ def read_symbols_file(path: Path, extents: Sequence[tuple[int, int]]) -> Symbols
     Undefined symbols, empty lines and ``#`` comments are passed over.
     """
     data = read_file(path, _FILE_LIMIT, error=ImageError, fix="correct [image].symbols in the manifest")
+    return Symbols(parse_symbols(data, one_line(path)), extents)
+
+
+def parse_symbols(data: bytes, name: str, *, fix: str = _FIX) -> list[Symbol]:
+    """The symbols of a file's lines, in their order; raises ImageError, which names the file and advises ``fix``.
+
+    Lines are those of ``nm``, System.map or /proc/kallsyms, or have an address and a name.
+    """
     found: list[Symbol] = []
     for number, line in enumerate(data.splitlines(), start=1):
         words = line.split(b"#")[0].split()
         if not words or (len(words) == 2 and words[0] in (b"U", b"w", b"v")):
             continue
-        where = f"{one_line(path)}:{number}"
+        if len(words) == 4 and words[3].startswith(b"["):  # /proc/kallsyms names the module
+            words.pop()
         if len(found) == SYMBOLS_LIMIT:
-            raise ImageError(f"more than {SYMBOLS_LIMIT} symbols", where=where, fix="give fewer")
-        found.append(_symbol(words, where))
-    return Symbols(found, extents)
+            raise ImageError(f"more than {SYMBOLS_LIMIT} symbols", where=f"{name}:{number}", fix="give fewer")
+        found.append(_symbol(words, name, number, fix))
+    return found
 
 
-def _symbol(words: list[bytes], where: str) -> Symbol:
+def _symbol(words: list[bytes], name: str, number: int, fix: str) -> Symbol:
+    where = f"{name}:{number}"
     kind = words[1].decode(errors="replace") if len(words) == 3 else "T"
     if len(words) not in (2, 3) or len(kind) != 1:
-        raise ImageError("not a symbol", where=where, fix=_FIX)
+        raise ImageError("not a symbol", where=where, fix=fix)
     try:
         address = int(words[0], 16)
     except ValueError:
         shown_address = shown(words[0].decode(errors="replace"))
-        raise ImageError(f"{shown_address} is not an address", where=where, fix=_FIX) from None
+        raise ImageError(f"{shown_address} is not an address", where=where, fix=fix) from None
     if not 0 <= address <= U64_MAX:
-        raise ImageError("the address has more than 64 bits", where=where, fix=_FIX)
+        raise ImageError("the address has more than 64 bits", where=where, fix=fix)
     rank = Rank.CONSTANT if kind in "aA" else Rank.LOCAL if kind.islower() else Rank.GLOBAL
     return Symbol(clean_name(words[-1]), address, rank, is_data=kind in _DATA)

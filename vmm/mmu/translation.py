@@ -120,6 +120,11 @@ class Mmu:
         self._mode_of: tuple[int, int, int] = (-1, 0, 0)
         self._mode = PagingMode.of(0, 0, 0)
 
+    @property
+    def pc(self) -> int:
+        """The linear address of the instruction that the vCPU is at."""
+        return self._context.pc
+
     def use(self, view: View) -> None:
         """Translate by another view from now on; the engines' TLBs are for the caller to flush."""
         self.view = view
@@ -229,7 +234,7 @@ class Mmu:
     def is_unjudged(self, control: Control, page: int, access: int, gpa: int, leaf: int) -> bool:
         """Whether the W^X policy must see this use of a permission first; that is then the ``refusal``."""
         root, host = space_of(control[0], control[1]), leaf & LEAF_ADDRESS
-        if access == READ or (root, page, access) in self._frames.at(host).judged:
+        if access == READ or (root, page, access) in self._frames.at(host).uses.judged:
             return False
         self.refusal = Unjudged(page, access, gpa, root, host)
         return True
@@ -464,6 +469,15 @@ class Mmu:
         for gpa in (*frame.gpas, *(gpa for _, gpa in frame.elsewhere)):
             candidates.update(self._frames.in_regions(root, gpa))
         return tuple(sorted(page + offset for page in candidates if self.peek(page) == frame.hpa))
+
+    def may_execute(self, frame: Frame) -> bool:
+        """Whether the page tables of an address space that was seen let a frame be fetched from, as they are now."""
+        current = self._context.cr3 & LEAF_ADDRESS
+        space = space_of(self._context.cr0, self._context.cr3)
+        places = [(space, page) for page in self.aliases(frame, 0)]
+        places += [place for place in self._frames.reached_by(frame) if place[0] != current]
+        found = (self.rights(root, page) for root, page in places)
+        return any(host == frame.hpa and executable for host, _, executable in filter(None, found))
 
     def _fixed_aliases(self, frame: Frame) -> list[int]:
         """The linear pages of a frame in the constant address space, ascending."""

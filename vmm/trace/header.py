@@ -64,7 +64,8 @@ class Header:
     is how the guest was named, ``seed`` what the turns of several vCPUs were drawn from, ``ept`` what of the EPT's
     profile was not as by default. ``interactive`` is whether anybody could act on the guest, so that each exit was
     taken at an instruction boundary. ``exact_ports`` are those of a host program's devices that want one. ``boot`` is
-    None unless the guest was loaded by a boot protocol.
+    None unless the guest was loaded by a boot protocol. ``callers`` is whether modifications have return addresses; the
+    header does not mention it where they have not.
     """
 
     guest: str
@@ -81,6 +82,7 @@ class Header:
     seed: int
     interactive: bool
     exact_ports: tuple[int, ...]
+    callers: bool = False
     boot: RecordedBoot | None = None
 
     def to_json(self) -> Json:
@@ -99,6 +101,7 @@ class Header:
                 "capacity": self.capacity,
                 "single_step": self.single_step,
                 "traps": self.traps,
+                **({"callers": True} if self.callers else {}),
             },
             "seed": self.seed,
             "interactive": self.interactive,
@@ -129,6 +132,7 @@ class Header:
             seed=_number(line, "seed", 0),
             interactive=_key(line, "interactive", bool),
             exact_ports=tuple(exact),
+            callers="callers" in options and _key(options, "callers", bool),
             boot=RecordedBoot.parse(line),
         )
 

@@ -6,6 +6,8 @@ import re
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmm.guest.loader import Guest
 
 _BRANCH: Final = re.compile(r"(?:j\w+|call|loop\w*|xbegin) .*?(0x[0-9a-f]+)$")
@@ -59,10 +61,15 @@ class Names:
 
     def instruction(self, instruction: str) -> str:
         """The text of an instruction, with numbers as everywhere else, and the name of where it branches to."""
-        text = _NUMBER.sub(lambda number: hex(int(number[0], 16)), instruction)
-        found = _BRANCH.match(text)
-        label = self._symbols.label(int(found[1], 16)) if found else None
-        return f"{text} <{label}>" if label else text
+        return named_instruction(instruction, self._symbols.label)
+
+
+def named_instruction(instruction: str, label_of: Callable[[int], str | None]) -> str:
+    """The text of an instruction, with numbers as everywhere else, and what ``label_of`` calls where it branches to."""
+    text = _NUMBER.sub(lambda number: hex(int(number[0], 16)), instruction)
+    found = _BRANCH.match(text)
+    label = label_of(int(found[1], 16)) if found else None
+    return f"{text} <{label}>" if label else text
 
 
 def symbols_of(guest: Guest) -> dict[str, int]:

@@ -25,6 +25,13 @@ BETWEEN: Final = frozenset({"console", "input", "state"})
 _FIX: Final = "give a trace that `vmm run --trace` has written to its end"
 
 
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+_DECODER: Final = json.JSONDecoder(parse_constant=_no_constant)
+
+
 @frozen(slots=True)
 class TraceLine:
     """A line: its number in the file from 1 on, its bytes, and its object."""
@@ -109,7 +116,7 @@ class TraceReader:
         if len(line) > MAX_LINE:
             self.refuse("the line is too long")
         try:
-            value = json.loads(line, parse_constant=_no_constant)
+            value = _DECODER.decode(line.decode())
         except (ValueError, RecursionError):
             cut = "" if line.endswith(b"\n") else " (the file ends in the middle of a line)"
             self.refuse(f"expected a JSON object, found {_shown(line[:60].decode('utf-8', 'replace'))}{cut}")
@@ -120,10 +127,6 @@ class TraceReader:
     def _unreadable(self, error: Exception) -> InputError:
         reason = getattr(error, "strerror", None) or str(error)
         return InputError(f"cannot be read: {reason}", where=self.name, fix=_FIX)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(name)
 
 
 def _shown(value: Any) -> str:  # noqa: ANN401 - a JSON value

@@ -34,7 +34,7 @@ _IO: Final = (
 )
 _MODIFICATION: Final = (
     '{"seq": %d, "kind": "modification", "gpa": %d, "gva": %s, "rip": %s, "size": %d, "old": "%s", '
-    '"new": "%s", "cause": %s, "instruction": %d, "aliases": %s, "blocks": %s}\n'
+    '"new": "%s", "cause": %s, "instruction": %d, "aliases": %s, "blocks": %s%s}\n'
 )
 _BLOCK: Final = (
     '{"seq": %d, "kind": "block", "event": %s, "block": %d, "gpa": %d, "gva": %d, "size": %d, "mode": %s, '
@@ -179,9 +179,10 @@ def _modification(seq: int, r: Modification) -> str:
     gva = "null" if r.gva is None else r.gva
     rip = "null" if r.rip is None else r.rip
     size, old, new, cause = len(r.new), r.old.hex(), r.new.hex(), quoted(r.cause)
+    callers = "" if r.callers is None else f', "callers": {list(r.callers)}'
     return _MODIFICATION % (
         *(seq, r.gpa, gva, rip, size, old, new, cause, r.instruction),
-        *(list(r.aliases), list(r.blocks)),
+        *(list(r.aliases), list(r.blocks), callers),
     )
 
 

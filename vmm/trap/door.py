@@ -7,7 +7,7 @@ through here, so that exactly the translations of the changed bytes die and ever
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Protocol
 
 from attrs import define
@@ -57,6 +57,16 @@ class HiddenCode(Protocol):
         """A frame has come into another state."""
 
 
+class Tables(Protocol):
+    """Paging structures in use whose changes count (``vmm.tlb``)."""
+
+    def snapshot(self, hpas: Iterable[int]) -> dict[int, bytes]:
+        """The frames with entries in use among these pages, as they are."""
+
+    def written(self, before: Mapping[int, bytes], rip: int | None) -> None:
+        """The instruction at ``rip``, or the host, may have written to these frames, which held ``before``."""
+
+
 #: A change with the number of its instruction and the blocks that died of it.
 Entry = tuple[int, Change, list[Block]]
 
@@ -75,6 +85,8 @@ class Door:
         self.sanitizer: Sanitizer | None = None
         #: What is executed of frames with hidden patches; None where there is none.
         self.hidden: HiddenCode | None = None
+        #: Under strict staleness hears of what is written to paging structures in use; None without it.
+        self.tables: Tables | None = None
         #: Number of the last instruction (or host operation) that changed code bytes.
         self.instruction = 0
         #: Modifications so far.
@@ -110,7 +122,15 @@ class Door:
                 self.sanitizer.written(change.hpa, len(change.new), rip, vcpu, self.instruction)
         return [(self.instruction, change, self.invalidate(change, cause)) for change in changes]
 
-    def publish(self, entries: list[Entry], *, rip: int | None, cause: str, mmu: Mmu | None) -> None:
+    def publish(
+        self,
+        entries: list[Entry],
+        *,
+        rip: int | None,
+        cause: str,
+        mmu: Mmu | None,
+        callers: tuple[int, ...] | None = None,
+    ) -> None:
         """Show committed changes to whoever watches."""
         if not self._reporter.observed:
             return
@@ -121,7 +141,7 @@ class Door:
             if page not in pages:
                 pages[page] = () if mmu is None else mmu.aliases(self._frames.at(page), 0)
             aliases = tuple([linear + (change.hpa & _OFFSET) for linear in pages[page]])
-            self._reporter.emit(_modification(number, change, dead, rip, cause, aliases))
+            self._reporter.emit(_modification(number, change, dead, rip, cause, aliases, callers))
 
     def invalidate(self, change: Change, cause: str) -> list[Block]:
         """Drop the blocks that overlap bytes which really changed; identical bytes kill nothing."""
@@ -144,11 +164,13 @@ class Door:
         """Change guest memory from outside of the guest's instructions, as one operation.
 
         Each piece is (HPA, GPA, bytes) within one frame. ``mmu`` is the address space that aliases are told of.
-        Raises ``SealedFrame``, with nothing written.
+        Raises ``SealedFrame``, with nothing written. What a page walk writes is flags, which change no translation.
         """
         for hpa, gpa, data in pieces:
             if data and self._frames.at(hpa).state is FrameState.SEALED:
                 raise SealedFrame(gpa)
+        tables = None if cause == "page walk" else self.tables
+        before = {} if tables is None else tables.snapshot(hpa for hpa, _, _ in pieces)
         changes = []
         for hpa, gpa, data in pieces:
             if self.sanitizer is not None:
@@ -162,6 +184,8 @@ class Door:
             for change in changes:
                 self.written(self._frames.at(change.hpa), cause)
         self.publish(entries, rip=None, cause=cause, mmu=mmu)
+        if tables is not None:
+            tables.written(before, None if mmu is None or cause == "host" else mmu.pc)
 
     def journal_window(self, frame: Frame, mmu: Mmu | None) -> None:
         """Journal what has changed in a frame since it became a window, or since ``journal_windows``."""
@@ -181,7 +205,13 @@ class Door:
 
 
 def _modification(
-    number: int, change: Change, dead: list[Block], rip: int | None, cause: str, aliases: tuple[int, ...]
+    number: int,
+    change: Change,
+    dead: list[Block],
+    rip: int | None,
+    cause: str,
+    aliases: tuple[int, ...],
+    callers: tuple[int, ...] | None,
 ) -> Modification:
     return Modification(
         gpa=change.gpa,
@@ -193,6 +223,7 @@ def _modification(
         instruction=number,
         aliases=aliases,
         blocks=tuple([block.number for block in dead]),
+        callers=callers,
     )
 
 

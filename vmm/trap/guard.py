@@ -18,6 +18,7 @@ from vmm.cpu.events import Event, Vector
 from vmm.ept import Permission
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.trap.callers import Callers
 from vmm.trap.door import Change, Door, Entry
 from vmm.trap.frames import RW, FrameControl
 from vmm.vcpu import VirtualCpu
@@ -47,7 +48,10 @@ class StepGuard:
     opened: list[Frame] = field(factory=list)
     #: Whether a frame was opened for an access that had a VM exit.
     exited: bool = False
+    #: Finds out who called the function that stores; None where nobody wants to know.
+    callers: Callers | None = None
     _pc: int = 0
+    _called_by: tuple[int, ...] | None = None
 
     @property
     def start(self) -> int:
@@ -120,13 +124,15 @@ class StepGuard:
         """Restore execute-only and drop what is stale; what the instruction changed in code frames, for ``publish``."""
         self.vcpu.step_memory.end()
         changes = self._changes() if self.opened and self.vcpu.step_memory.undo else []
+        if self.callers is not None and changes:
+            self._called_by = self.callers.find(self._pc)
         for frame in self.opened:
             self.control.close(frame)
         return self.door.commit(changes, "store", self._pc)
 
     def publish(self, entries: list[Entry]) -> None:
         """Put on record what ``close`` gave."""
-        self.door.publish(entries, rip=self._pc, cause="store", mmu=self.vcpu.mmu)
+        self.door.publish(entries, rip=self._pc, cause="store", mmu=self.vcpu.mmu, callers=self._called_by)
 
     def _changes(self) -> list[Change]:
         """One change a contiguous run of written guest-physical bytes that touches a code frame.

@@ -6,7 +6,8 @@ refused access          answer
 fetch from data         the frame becomes code
 fetch from a window     what changed is journaled as a diff; the frame becomes code again
 store to code           one instruction is stepped (``step``), or the frame becomes a window (``window``),
-                        or steps first and a window once it is hot (``adaptive``)
+                        or steps first and a window once it is hot (``adaptive``), or once it is hot and
+                        no page tables let it be executed any more (``attribute``)
 read of code            one instruction is stepped, or the frame becomes R-X (``grant``),
                         or steps first and R-X once it is read often (``adaptive``)
 store to sealed         #GP(0), the bytes stay
@@ -53,7 +54,9 @@ READ_OFTEN: Final = 4
 
 _ALLOWED: Final = PERMISSION_MASK | USER_EXECUTE
 _READS: Final = ("step", "grant", "adaptive")
-_WRITES: Final = ("step", "window", "adaptive")
+_WRITES: Final = ("step", "window", "adaptive", "attribute")
+#: What makes windows of hot frames only.
+_ADAPTIVE: Final = ("adaptive", "attribute")
 
 
 @frozen(slots=True)
@@ -200,7 +203,7 @@ class Trap:
 
     def _admit(self, violation: Violation) -> Event | Stop | None:
         """Open what a violation in a step asks for; an event to deliver instead, or ``Stop.ASKED`` to give up."""
-        verdict = None if self.sub_pages is None else self.sub_pages.judge(violation)
+        verdict = None if self.sub_pages is None or self._is_code(violation) else self.sub_pages.judge(violation)
         if verdict is not None and verdict[0] is not SubPageVerdict.FORBIDDEN:
             return self._admit_sub_pages(violation, *verdict)
         modifies = self._modifies(violation)
@@ -242,6 +245,10 @@ class Trap:
             raise DeniedAccess(violation)
         return self.frames.at(host)
 
+    def _is_code(self, violation: Violation) -> bool:
+        host = self._host_of(violation)
+        return host is not None and self.frames.at(host).lasting not in (FrameState.DATA, FrameState.WINDOW)
+
     def _host_of(self, violation: Violation) -> int | None:
         return violation.leaf or self.mmu.view.ept.host_page(violation.gpa)
 
@@ -277,8 +284,10 @@ class Trap:
         """
         if self.refusals.keeps_wx:
             return True
-        wanted = self.policy.writes == "window" or (self.policy.writes == "adaptive" and frame.traps >= HOT_FRAME)
-        return wanted and not (self.instruction.lies_in(frame) or self._is_fetched_with_store(frame))
+        wanted = self.policy.writes == "window" or (self.policy.writes in _ADAPTIVE and frame.traps >= HOT_FRAME)
+        if not wanted or self.instruction.lies_in(frame) or self._is_fetched_with_store(frame):
+            return False
+        return self.policy.writes != "attribute" or not self.mmu.may_execute(frame)
 
     def _is_fetched_with_store(self, frame: Frame) -> bool:
         """Whether the block that the store is in ends in the frame: it is fetched as a whole, before the store."""
@@ -289,7 +298,7 @@ class Trap:
         refused = self.refusals.of_violation(frame, violation, WRITE)
         if refused is not None:
             return refused
-        self.control.open_window(frame, "hot frame" if self.policy.writes == "adaptive" else "store")
+        self.control.open_window(frame, "hot frame" if self.policy.writes in _ADAPTIVE else "store")
         return None
 
     def close_windows(self) -> None:
