@@ -1,4 +1,4 @@
-"""Ports and the devices behind them."""
+"""Ports, and pages of memory, and the devices behind them."""
 
 from vmm.devices.bus import Device, PortBus
 from vmm.devices.clock_port import ClockPort
@@ -6,7 +6,10 @@ from vmm.devices.console import ConsolePort
 from vmm.devices.debug_exit import DebugExit
 from vmm.devices.input_port import INPUT_LIMIT, InputPort
 from vmm.devices.interprocessor import InterprocessorPort
+from vmm.devices.io_apic import IoApic
 from vmm.devices.keyboard_controller import KeyboardController
+from vmm.devices.local_apic import LocalApic
+from vmm.devices.memory_bus import MemoryBus, MemoryDevice
 from vmm.devices.pci import PciConfiguration
 from vmm.devices.pic import InterruptController
 from vmm.devices.pit import IntervalTimer
@@ -27,7 +30,11 @@ __all__ = [
     "InterprocessorPort",
     "InterruptController",
     "IntervalTimer",
+    "IoApic",
     "KeyboardController",
+    "LocalApic",
+    "MemoryBus",
+    "MemoryDevice",
     "PciConfiguration",
     "PortBus",
     "RealTimeClock",
