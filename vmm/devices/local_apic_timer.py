@@ -45,9 +45,7 @@ class LocalApicTimer:
 
     def catch_up(self) -> None:
         """Interrupt now if that is due; to be called before a register is written, after which it might not be."""
-        when = self._alarm.when
-        if when is not None and when <= self._clock():
-            self._expire()
+        self._timers.catch_up(self._alarm, self._clock())
 
     def start(self, initial: int) -> None:
         """Write the initial-count register: counting starts anew; 0 stops it."""

@@ -37,7 +37,7 @@ class Timers:
 
     def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
         self._changed = changed
-        #: Heap of (when, ticket, alarm). What an alarm does not say any more is passed over, and swept out now and then.
+        #: Heap of (when, ticket, alarm). What an alarm does not say any more is passed over, and swept out at times.
         self._due: list[tuple[int, int, Alarm]] = []
         self._tickets: Final = count()
 
@@ -55,6 +55,12 @@ class Timers:
                 self._sweep()
             heapq.heappush(self._due, (when, next(self._tickets), alarm))
             self._changed()
+
+    def catch_up(self, alarm: Alarm, now: int) -> None:
+        """Call an alarm if it is due; for a device that is about to be told something, after which it might not be."""
+        if alarm.when is not None and alarm.when <= now:
+            alarm.when = None
+            alarm.callback()
 
     @property
     def next(self) -> int | None:
