@@ -1,5 +1,6 @@
 """Ports, and pages of memory, and the devices behind them."""
 
+from vmm.devices.acpi_pm import AcpiPowerManagement
 from vmm.devices.bus import Device, PortBus
 from vmm.devices.clock_port import ClockPort
 from vmm.devices.console import ConsolePort
@@ -21,6 +22,7 @@ from vmm.devices.workpiece import Workpiece
 
 __all__ = [
     "INPUT_LIMIT",
+    "AcpiPowerManagement",
     "ByteWide",
     "ClockPort",
     "ConsolePort",

@@ -30,8 +30,8 @@ BASE: Final = 0xFEC0_0000
 PINS: Final = 24
 
 _VERSION: Final = 0x11
-_SELECT, _WINDOW = 0x00, 0x10
-_ID, _VERSION_AT, _ARBITRATION, _ENTRIES = 0x00, 0x01, 0x02, 0x10
+SELECT, WINDOW = 0x00, 0x10
+ID, _VERSION_AT, _ARBITRATION, _ENTRIES = 0x00, 0x01, 0x02, 0x10
 _ID_BITS: Final = 0x0F00_0000
 
 _ACTIVE_LOW, _REMOTE_IRR, _LEVEL, _MASKED = 1 << 13, 1 << 14, 1 << 15, 1 << 16
@@ -79,28 +79,28 @@ class IoApic:
 
     def read(self, offset: int, size: int) -> int:
         """A load."""
-        if offset & ~3 == _SELECT:
+        if offset & ~3 == SELECT:
             value = self._selected
         else:
-            value = self._read_register(self._selected) if offset & ~3 == _WINDOW else 0
+            value = self._read_register(self._selected) if offset & ~3 == WINDOW else 0
         return value >> 8 * (offset & 3) & (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
         """A store; IOREGSEL takes any size, IOWIN 32 bits."""
-        if offset == _SELECT:
+        if offset == SELECT:
             self._selected = value & 0xFF
-        elif offset == _WINDOW and size == 4:
+        elif offset == WINDOW and size == 4:
             self._write_register(self._selected, value)
 
     def _read_register(self, number: int) -> int:
         pin, high = divmod(number - _ENTRIES, 2)
         if 0 <= pin < PINS:
             return self._entries[pin] >> 32 * high & 0xFFFF_FFFF
-        return {_ID: self._id, _VERSION_AT: PINS - 1 << 16 | _VERSION, _ARBITRATION: self._id}.get(number, 0)
+        return {ID: self._id, _VERSION_AT: PINS - 1 << 16 | _VERSION, _ARBITRATION: self._id}.get(number, 0)
 
     def _write_register(self, number: int, value: int) -> None:
         pin, high = divmod(number - _ENTRIES, 2)
-        if number == _ID:
+        if number == ID:
             self._id = value & _ID_BITS
         elif 0 <= pin < PINS:
             self._write_entry(pin, value << 32 * high, 0xFFFF_FFFF << 32 * high)

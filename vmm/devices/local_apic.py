@@ -48,23 +48,23 @@ _VERSION: Final = 0x0005_0014
 _FIRST_LEGAL_VECTOR: Final = 16
 _BROADCAST: Final = 0xFF
 _FLAT: Final = 0xF
-_SVR_ENABLED: Final = 1 << 8
+SVR_ENABLED: Final = 1 << 8
 _SVR_WRITABLE: Final = 0x3FF
 _ICR_WRITABLE: Final = 0x000C_CFFF
 _ESR_SEND_ILLEGAL_VECTOR, _ESR_RECEIVE_ILLEGAL_VECTOR = 1 << 5, 1 << 6
 _LVT_MODE, _LVT_REMOTE_IRR, _LVT_LEVEL, _LVT_MASKED = 0x700, 1 << 14, 1 << 15, 1 << 16
 
-_ID, _VERSION_AT, _TPR, _PPR, _LDR, _DFR, _SVR = 0x20, 0x30, 0x80, 0xA0, 0xD0, 0xE0, 0xF0
+_ID, _VERSION_AT, _TPR, _PPR, _LDR, _DFR, SVR = 0x20, 0x30, 0x80, 0xA0, 0xD0, 0xE0, 0xF0
 _ISR, _ESR = 0x100, 0x280
 _ICR_LOW, _ICR_HIGH, _INITIAL_COUNT, _CURRENT_COUNT, _DIVIDE = 0x300, 0x310, 0x380, 0x390, 0x3E0
-_TIMER, _THERMAL, _PERFORMANCE, _LINT0, _LINT1, _ERROR = range(0x320, 0x380, 0x10)
+_TIMER, _THERMAL, _PERFORMANCE, LVT_LINT0, LVT_LINT1, _ERROR = range(0x320, 0x380, 0x10)
 #: What of each LVT entry can be written.
 _LVT_WRITABLE: Final = {
     _TIMER: 0x300FF,
     _THERMAL: 0x107FF,
     _PERFORMANCE: 0x107FF,
-    _LINT0: 0x1A7FF,
-    _LINT1: 0x1A7FF,
+    LVT_LINT0: 0x1A7FF,
+    LVT_LINT1: 0x1A7FF,
     _ERROR: 0x100FF,
 }
 
@@ -175,7 +175,7 @@ class LocalApic:
 
     @property
     def _passes_external(self) -> bool:
-        return self._lvt[_LINT0] & (_LVT_MASKED | _LVT_MODE) == DeliveryMode.EXTINT << 8
+        return self._lvt[LVT_LINT0] & (_LVT_MASKED | _LVT_MODE) == DeliveryMode.EXTINT << 8
 
     def _settle(self) -> None:
         asserted = self.requests.deliverable is not None or (self._passes_external and self._external.asserted)
@@ -188,7 +188,7 @@ class LocalApic:
     @property
     def enabled(self) -> bool:
         """Whether software has enabled it (11.4.7.2)."""
-        return bool(self._svr & _SVR_ENABLED)
+        return bool(self._svr & SVR_ENABLED)
 
     def receive(self, message: Message) -> bool:
         """A message from an I/O APIC or an ICR; whether a fixed interrupt was accepted."""
@@ -238,7 +238,7 @@ class LocalApic:
     def drive(self, pin: int, high: bool) -> None:  # noqa: FBT001 - a line is high or low
         """Drive LINT0 or LINT1."""
         was, self._lines[pin] = self._lines[pin], high
-        place = (_LINT0, _LINT1)[pin]
+        place = (LVT_LINT0, LVT_LINT1)[pin]
         entry = LocalVector.of(self._lvt[place])
         if entry.level and pin == LINT0 and entry.mode == DeliveryMode.FIXED:
             self._follow_level()
@@ -248,12 +248,12 @@ class LocalApic:
 
     def _follow_level(self) -> None:
         """LINT0, level-triggered: a request while it is active and the last one was handled."""
-        raw = self._lvt[_LINT0]
+        raw = self._lvt[LVT_LINT0]
         entry = LocalVector.of(raw)
         is_fixed_level = entry.level and entry.mode == DeliveryMode.FIXED and not entry.masked
         active = self._lines[LINT0] != entry.active_low
         if is_fixed_level and active and not raw & _LVT_REMOTE_IRR and self._accept(entry.vector, level=True):
-            self._lvt[_LINT0] |= _LVT_REMOTE_IRR
+            self._lvt[LVT_LINT0] |= _LVT_REMOTE_IRR
 
     def _end_of_interrupt(self) -> None:
         ended = self.requests.end()
@@ -261,8 +261,8 @@ class LocalApic:
             return
         vector, level = ended
         if level:
-            if self._lvt[_LINT0] & _LVT_REMOTE_IRR and self._lvt[_LINT0] & 0xFF == vector:
-                self._lvt[_LINT0] &= ~_LVT_REMOTE_IRR
+            if self._lvt[LVT_LINT0] & _LVT_REMOTE_IRR and self._lvt[LVT_LINT0] & 0xFF == vector:
+                self._lvt[LVT_LINT0] &= ~_LVT_REMOTE_IRR
                 self._follow_level()
             self._ended(vector)
 
@@ -304,7 +304,7 @@ class LocalApic:
             _PPR: self.requests.processor_priority,
             _LDR: self._logical_id << 24,
             _DFR: self._model << 28 | 0x0FFF_FFFF,
-            _SVR: self._svr,
+            SVR: self._svr,
             _ESR: self._esr,
             _ICR_LOW: self._icr_low,
             _ICR_HIGH: self._icr_high,
@@ -346,7 +346,7 @@ class LocalApic:
         if offset == _TIMER:
             entry = LocalVector.of(self._lvt[_TIMER])
             self.timer.set_mode(periodic=entry.periodic, masked=entry.masked)
-        elif offset == _LINT0:
+        elif offset == LVT_LINT0:
             self._follow_level()
 
     def _write_svr(self, value: int) -> None:

@@ -32,6 +32,11 @@ class MemoryBus:
         #: (first GPA, bytes, device), in order of attachment.
         self._ranges: list[tuple[int, int, MemoryDevice]] = []
 
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """(First GPA, bytes) of each device, in order of attachment."""
+        return [(first, size) for first, size, _ in self._ranges]
+
     def attach(self, device: MemoryDevice, gpa: int, size: int = _PAGE) -> None:
         """Give whole pages to a device; raises ``OptionError`` if they are none, or one of them is taken."""
         if gpa % _PAGE or size % _PAGE or not size:

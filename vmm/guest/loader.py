@@ -51,6 +51,8 @@ class Guest:
     boot: BootState | None = None
     #: Whether the devices of a PC are around it.
     is_pc: bool = False
+    #: Whether a PC has a local APIC and an I/O APIC.
+    has_apic: bool = False
     hidden: tuple[tuple[int, bytes], ...] = ()
 
     @property
