@@ -190,7 +190,8 @@ def test_the_higher_class_interrupts_the_lower_and_is_not_interrupted_by_it(tmp_
 def test_raising_tpr_holds_an_interrupt_back_and_lowering_it_lets_it_in_at_once(tmp_path, options):
     source = f"""
         {start((VECTOR, "handler"))} sti; mov dword ptr [rsi + 0x80], 0x40
-        mov dword ptr [rsi + 0x300], {1 << 18 | VECTOR}; nop; mov r8d, ebx; lea r9, [rip + there]; mov dword ptr [rsi + 0x80], 0x30; there: nop; cli; {END}
+        mov dword ptr [rsi + 0x300], {1 << 18 | VECTOR}; nop; mov r8d, ebx
+        lea r9, [rip + there]; mov dword ptr [rsi + 0x80], 0x30; there: nop; cli; {END}
         {COUNT} mov r10, [rsp]; {APIC_EOI} iretq"""
     made = pc_guests.build(tmp_path, source, options=options)
     assert made.run().reason == "port"

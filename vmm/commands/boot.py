@@ -34,6 +34,7 @@ class BootRequest:
     initrd: str | None = None
     append: str = "console=ttyS0"
     memory: str | None = None
+    apic: str = "on"
     input: str | None = None
     prompt: str = "# "
     trace: str | None = None
@@ -58,6 +59,7 @@ def boot(request: BootRequest) -> int:
         command_line=request.append,
         memory=DEFAULT_MEMORY if request.memory is None else parse_size(request.memory),
         seconds=float("inf") if interactive else DEFAULT_SECONDS,
+        apic=request.apic == "on",
     )
     run_request = RunRequest(
         request.kernel,
