@@ -46,12 +46,13 @@ class BlockEvents:
 
     def _translated(self, gva: int, size: int) -> None:
         """The engine has translated a block and is about to enter it, unless it is stopped here."""
-        self._vcpu.pace.complete(gva)
-        free, blocks = self._vcpu.free, self._blocks
+        vcpu, blocks = self._vcpu, self._blocks
+        free, read = vcpu.free, self._memory.read
+        vcpu.pace.complete(gva)
         spans = self._spans(gva, size)
         mode_flags, mode = free.live.mode()
-        code = b"".join([self._memory.read(address, length) for address, length in spans])
-        block = blocks.create(gva, spans, mode_flags, mode, code, self._vcpu.number)
+        code = read(*spans[0]) if len(spans) == 1 else b"".join([read(*span) for span in spans])
+        block = blocks.create(gva, spans, mode_flags, mode, code, vcpu.number)
         if blocks.overfull or not blocks.holds(block):
             free.ask_to_stop()
         cause = self._reason_to_step(code, mode, spans)

@@ -108,6 +108,7 @@ class HostMonitors:
             for vcpu, processor, events in zip(machine.vcpus, machine.loop.processors, self._events, strict=True):
                 vcpu.mmu.withheld = self._monitors.withheld
                 vcpu.mmu.announced = self._monitors.announced
+                vcpu.mmu.quick.detach()
                 trap = processor.trap
                 trap.watcher = Watcher(
                     self._monitors, vcpu, trap, machine.memory, machine.frames, machine.reporter, machine.inputs

@@ -70,7 +70,7 @@ def test_translations_that_died_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_pages_that_code_was_fetched_from_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmm.mmu.translation.MAX_FETCH_PAGES", 4)
+    monkeypatch.setattr("vmm.mmu.fetch_pages.CAPACITY", 4)
     views = [map_page(VIEW + 0x1000 * i, FUNCTION, "rx") for i in range(64)]
     source = f"mov rbx, {VIEW}; mov ecx, 64; again: call rbx; add rbx, 0x1000; dec ecx; jnz again; {END}"
     made = build({CODE: source, FUNCTION: b"\xff\xc0\xc3"}, maps=views)

@@ -148,7 +148,7 @@ def test_a_run_is_the_same_where_no_machine_code_can_count(tmp_path, monkeypatch
     runs = []
     for native in (True, False):
         if not native:
-            monkeypatch.setattr(countdown, "_machine_code", lambda: None)
+            monkeypatch.setattr(countdown, "placed", lambda _code: None)
         made = pc_guests.build(tmp_path, TICKS)
         assert made.machine.vcpu.free.countdown.native is native
         made.run()

@@ -47,10 +47,11 @@ class World:
         """Whether the cache answered; it must have said what a walk says."""
         key = (TABLES[0], page, int(access), user)
         remembered, trail = self.cache.find(key), []
+        translation = None if remembered is None else remembered[0]
         found = None
         with contextlib.suppress(PageFault, PagingStructureViolation):
             found = walk(self.structures, MODE, TABLES[0], page, access, user=user, trail=trail)
-        assert remembered in (None, found)
+        assert translation in (None, found)
         if trail:
             self.cache.keep(key, found, trail)
         return remembered is not None

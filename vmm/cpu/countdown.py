@@ -20,15 +20,12 @@ boundary at which an external interrupt can be taken.
 from __future__ import annotations
 
 import ctypes
-import mmap
-import os
-import platform
-import sys
 from typing import Any, Final
 
 from vmm.cpu import binding as b
 from vmm.cpu import layout as at
 from vmm.cpu.live import LiveState
+from vmm.cpu.machine_code import placed
 
 #: How many blocks an engine may execute while it waits for a boundary that can take an interrupt.
 PATIENCE: Final = 1 << 20
@@ -80,7 +77,7 @@ class Countdown:
         self._live: Final = live
         self._before = 0
         self._given = 0
-        code = _machine_code() if native and live.address is not None else None
+        code = placed(_CODE) if native and live.address is not None else None
         #: Whether the callback is machine code.
         self.native: Final = code is not None
         if live.address is not None:
@@ -131,32 +128,3 @@ class Countdown:
                 return
         cell.fired = 1
         b.emu_stop(engine)
-
-
-def _machine_code() -> int | None:
-    """The address of the callback, never writable and executable at once; None on hosts that it is not for."""
-    if sys.platform != "linux" or platform.machine() != "x86_64" or ctypes.sizeof(ctypes.c_void_p) != 8:
-        return None
-    if not _code:
-        file = os.memfd_create("vmm countdown")
-        try:
-            os.write(file, _CODE)
-            os.ftruncate(file, mmap.PAGESIZE)
-            area = _map(None, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_SHARED, file, 0)
-        finally:
-            os.close(file)
-        if area in (None, _MAP_FAILED):
-            return None
-        _code.append(area)
-    return _code[0]
-
-
-_MAP_FAILED: Final = ctypes.c_void_p(-1).value
-_code: list[int] = []
-# mmap.mmap gives no address for pages that Python cannot write to.
-_map: Any = ctypes.CDLL(None).mmap if sys.platform == "linux" else None
-if _map is not None:
-    _map.restype = ctypes.c_void_p
-    _map.argtypes = (
-        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_size_t,
-    )  # fmt: skip

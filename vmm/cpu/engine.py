@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 from vmm.cpu import binding as b
 from vmm.cpu.context import Context
 from vmm.cpu.features import CpuidAnswer
+from vmm.cpu.fill_table import FillTable
 from vmm.cpu.live import LiveState
 from vmm.memory import PAGE, GuestMemory
 
@@ -111,7 +112,8 @@ class Engine:
         for base, area in ((0, memory), (PRIVATE_BASE, self._private)):
             status = b.mem_map_ptr(self.handle, base, area.size, b.PERM_ALL, area.address)
             b.check(status, "uc_mem_map_ptr")
-        self._hook(b.HOOK_TLB_FILL, b.TlbFill(self._on_fill))
+        self.fills: Final = FillTable(b.TlbFill(self._on_fill))
+        self._hook(b.HOOK_TLB_FILL, self.fills.callback, user_data=self.fills.user_data)
         self._prime()
         self.live: Final = LiveState(self.handle)
         self._add_hooks()
@@ -152,6 +154,7 @@ class Engine:
     def _start(self, context: Context, count: int, start: Any) -> None:
         self.stop = None
         self._saved = None
+        self.fills.suspend(on=False)
         self._context = context
         handle, pointer = self.handle, context.pointer
         b.context_restore(handle, pointer)
@@ -181,6 +184,7 @@ class Engine:
         self._context.save_from(self.handle)
         self._context.settle_flags()
         self._saved = self._context
+        self.fills.suspend(on=True)
         self.stop = why
         self.flush_tlb()
         self.ask_to_stop()

@@ -37,6 +37,7 @@ class FreeRunningEngine(Engine):
 
     def _add_hooks(self) -> None:
         super()._add_hooks()
+        self.fills.connect(self.live)
         self._hook(b.HOOK_EDGE_GENERATED, b.EdgeGenerated(self._on_edge))
         if self._counts_entries:
             self.countdown = Countdown(self.live)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from functools import lru_cache
 from typing import Final
 
 from vmm.cpu import binding as b
@@ -69,5 +70,10 @@ class LiveState:
             self.refresh()
         hflags, _, _, _, efer = _CONTROL(self._fields, at.HFLAGS)
         (eflags,) = _FLAGS(self._fields, at.EFLAGS)
-        virtual = not efer & EFER_LMA and bool(eflags & RFLAGS_VM)
-        return hflags | eflags & EFLAGS_IN_MODE, mode_name(hflags, virtual_8086=virtual)
+        return _mode(hflags, eflags & EFLAGS_IN_MODE, efer & EFER_LMA)
+
+
+@lru_cache
+def _mode(hflags: int, eflags: int, long_mode: int) -> tuple[int, str]:
+    virtual = not long_mode and bool(eflags & RFLAGS_VM)
+    return hflags | eflags, mode_name(hflags, virtual_8086=virtual)

@@ -29,6 +29,7 @@ from vmm.ept.bits import (
 )
 from vmm.ept.capabilities import EptProfile
 from vmm.ept.entry import EptEntry, Permission, maps_page
+from vmm.ept.leaf_cache import LeafCache
 from vmm.ept.log import PageModificationLog
 from vmm.ept.rules import RESERVED_TYPES, EntryRules
 from vmm.ept.structures import PagingStructures, check_page
@@ -67,7 +68,9 @@ class ExtendedPageTables:
         self.sub_pages = (
             SubPageTable(self.profile.capabilities.physical_address_width) if self.profile.sub_page_write else None
         )
-        self._leaves: dict[int, Leaf] = {}
+        #: What is cached of it; for looking only.
+        self.leaves: Final = LeafCache()
+        self._low: Final = self.leaves.low
         #: By GPA bits 47:21, where the way down is in order: the page table and what the entries above it allow; or,
         #: for a large page, None and the leaf of its first 4 KiB in this region. A paging-structure cache.
         self._regions: dict[int, tuple[list[int] | None, int]] = {}
@@ -106,14 +109,14 @@ class ExtendedPageTables:
     def translate(self, gpa: int) -> Leaf:
         """What the processor finds for the page of ``gpa``; with accessed and dirty flags on, it sets A on the way."""
         try:
-            return self._leaves[gpa >> 12]
-        except KeyError:
-            return self._walk(gpa)
+            return self._low[gpa >> 12] or self._walk(gpa)
+        except IndexError:
+            return self.leaves.high.get(gpa >> 12) or self._walk(gpa)
 
     def look(self, gpa: int) -> Leaf:
         """The same for the VMM's own eyes: no flag is set, and nothing cached that would hide the setting of one."""
-        known = self._leaves.get(gpa >> 12)
-        if known is not None:
+        known = self.leaves.get(gpa >> 12)
+        if known:
             return known
         return self._leaf(gpa, list(self.entries(gpa))) if self._clean and gpa < GPA_LIMIT else self.translate(gpa)
 
@@ -169,11 +172,14 @@ class ExtendedPageTables:
             leaf = self._walk_from_root(gpa)
         elif known[0] is None:
             leaf = known[1] | gpa & _PAGE_IN_REGION
+            if not self._clean:
+                self.leaves.put_region(gpa >> 21 << 9, known[1])
+                return leaf
         else:
             leaf = self._leaf_of_page_table(known[0], gpa >> 12 & ENTRIES - 1, known[1])
         if leaf & HELD:
             return leaf
-        self._leaves[gpa >> 12] = leaf
+        self.leaves.put(gpa >> 12, leaf)
         return leaf
 
     def _leaf_of_page_table(self, table: list[int], index: int, above: int) -> Leaf:
@@ -298,9 +304,9 @@ class ExtendedPageTables:
             allow = allow & ~USER_EXECUTE | user_execute * USER_EXECUTE
         raw = table[index] = table[index] & ~self._present | allow
         if above and raw & self._checked == _WRITE_BACK and user_execute is None and self._sound[permissions]:
-            self._leaves[gpa >> 12] = raw & (ADDRESS_MASK | above)
+            self.leaves.put(gpa >> 12, raw & (ADDRESS_MASK | above))
         else:
-            self._leaves.pop(gpa >> 12, None)
+            self.leaves.put(gpa >> 12, 0)
 
     def guard_sub_pages(self, gpa: int, *, guarded: bool) -> None:
         """Set or clear the sub-page write permission bit of the entry that maps a 4 KiB page."""
@@ -382,13 +388,7 @@ class ExtendedPageTables:
 
     def _forget(self, gpa: int, size: int) -> None:
         """Forget all that is cached of a range; a page table that stays in place goes on being cached."""
-        first, count = gpa >> 12, size >> 12
-        if count <= len(self._leaves):
-            for page in range(first, first + count):
-                self._leaves.pop(page, None)
-        else:
-            for page in [page for page in self._leaves if first <= page < first + count]:
-                del self._leaves[page]
+        self.leaves.forget(gpa >> 12, size >> 12)
         if size > PAGE or self._regions.get(gpa >> 21, _NO_REGION)[0] is None:
             self._forget_regions(gpa, size)
 

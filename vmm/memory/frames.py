@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
+from typing import Final
 
 from attrs import define, field
 
@@ -27,6 +28,8 @@ from vmm.memory.ram import PAGE
 
 #: How many linear pages of one frame are remembered; a guest that maps a frame more often loses the oldest.
 MAX_ALIASES = 64
+#: Bytes of the smallest large page that aliases are remembered of as a whole.
+REGION: Final = 1 << 21
 
 
 class FrameState(enum.Enum):
@@ -79,11 +82,15 @@ class Frame:
 
     def learn(self, root: int, page: int) -> None:
         """Remember that a linear page of the address space ``root`` reached this frame."""
-        key = (root, page)
-        if key not in self.linear:
-            if len(self.linear) >= MAX_ALIASES:
-                del self.linear[next(iter(self.linear))]
-            self.linear[key] = None
+        _remember(self.linear, (root, page))
+
+
+def _remember(aliases: dict[tuple[int, int], None], key: tuple[int, int]) -> None:
+    """Add one; the oldest goes if they are too many."""
+    if key not in aliases:
+        if len(aliases) >= MAX_ALIASES:
+            del aliases[next(iter(aliases))]
+        aliases[key] = None
 
 
 class Frames:
@@ -96,6 +103,7 @@ class Frames:
         self._ram = ram
         self._system_gpa = system_gpa
         self._frames: dict[int, Frame] = {}
+        self._regions: dict[int, dict[tuple[int, int], None]] = {}
 
     def at(self, hpa: int) -> Frame:
         """The frame that holds an HPA."""
@@ -104,6 +112,15 @@ class Frames:
         if frame is None:
             frame = self._frames[page] = Frame(page, gpas=[self._first_gpa(page)])
         return frame
+
+    def learn_region(self, root: int, linear: int, gpa: int) -> None:
+        """Remember that a large page of the address space ``root`` maps 2 MiB, from ``linear`` to ``gpa``."""
+        _remember(self._regions.setdefault(gpa, {}), (root, linear))
+
+    def in_regions(self, root: int, gpa: int) -> list[int]:
+        """The linear pages that reach a GPA page through a large page of an address space, as far as is known."""
+        known = self._regions.get(gpa & -REGION, ())
+        return [linear | gpa & REGION - PAGE for where, linear in known if where == root]
 
     def __iter__(self) -> Iterator[Frame]:
         return iter(self._frames.values())

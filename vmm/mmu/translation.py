@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 from vmm.cpu.context import Context
 from vmm.cpu.engine import FETCH, READ, WRITE, Engine, R, W, X
+from vmm.cpu.fill_table import REGION
 from vmm.cpu.free import FreeRunningEngine
 from vmm.decode import MAX_LENGTH, decode, operand_address
 from vmm.ept import CLEAN, HELD, MISCONFIGURED
@@ -20,6 +21,8 @@ from vmm.ept.qualification import advanced
 from vmm.ept.views import View
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames
+from vmm.mmu.fetch_pages import FetchPages
+from vmm.mmu.quick_fills import QuickFills
 from vmm.mmu.refusals import (
     GuestFault,
     LogFull,
@@ -33,9 +36,9 @@ from vmm.mmu.refusals import (
     Watched,
 )
 from vmm.mmu.structures import NO_WRITER, GuestStructures
-from vmm.mmu.walk_cache import WalkCache
+from vmm.mmu.walk_cache import Read, WalkCache
 from vmm.paging import Access, PageFault, PagingMode, Translation, entries, is_canonical, walk
-from vmm.paging.mode import CR0_PG
+from vmm.paging.mode import CR0_PG, CR0_USED, CR4_USED, EFER_USED
 
 PAGE_OFFSET: Final = PAGE - 1
 LEAF_ADDRESS: Final = 0x000F_FFFF_FFFF_F000
@@ -43,8 +46,6 @@ LEAF_ADDRESS: Final = 0x000F_FFFF_FFFF_F000
 _ROOT: Final = 0x000F_FFFF_FFFF_FFE0
 #: The address space without paging.
 UNPAGED: Final = -1
-#: How many linear pages are remembered that code was fetched from.
-MAX_FETCH_PAGES: Final = 1 << 16
 
 #: CR0, CR3, CR4, EFER, and whether code runs in ring 3: what a translation depends on.
 Control = tuple[int, int, int, int, bool]
@@ -104,7 +105,11 @@ class Mmu:
         #: What a leaf has that any fetch is allowed from.
         self.executable: Final = X | self._user_fetch
         self._advanced = profile.capabilities.advanced_information
-        self._fetch_pages: dict[int, int] = {}
+        self._fetch_pages: Final = FetchPages()
+        #: The fills of the free-running engine that it can answer without Python.
+        self.quick: Final = QuickFills(memory)
+        #: What the last translation depends on of the guest's paging structures; None if that is not known.
+        self._reads: tuple[Read, ...] | None = None
         self._fixed_root: int | None = None
         self._fixed: list[tuple[int, int, int]] = []
         self._fixed_pages: dict[int, list[int]] = {}
@@ -112,7 +117,7 @@ class Mmu:
         self._walks: Final = WalkCache(memory, view.ept)
         #: Whether the paging mode has entries that walks can be remembered by.
         self._caches_walks = False
-        self._mode_of: tuple[int, int, int] = (0, 0, 0)
+        self._mode_of: tuple[int, int, int] = (-1, 0, 0)
         self._mode = PagingMode.of(0, 0, 0)
 
     def use(self, view: View) -> None:
@@ -123,12 +128,17 @@ class Mmu:
         self._walks.use(view.ept)
         self.forget_all_fetches()
         self.frames_changed()
+        self.quick.select(self._mode_of, view)
 
     # Fills
 
     def fills_of_free(self, engine: FreeRunningEngine) -> Fill:
         """What answers fills of the free-running engine."""
         control = engine.live.control
+        self.quick.attach(engine.fills)
+        self.quick.select(self._mode_of, self.view)
+        if not self._remembers:
+            self.quick.detach()
 
         def fill(page: int, access: int) -> int:
             state = control()
@@ -144,14 +154,23 @@ class Mmu:
                     return 0
                 if access == READ:
                     return leaf & (LEAF_ADDRESS | R)  # the first store comes here, too
+            lasts = self.quick.on and not (leaf & _FLAGS_TO_SET or self.judges)
             if leaf & _FLAGS_TO_SET:
                 leaf = self.used(page, access, translation.gpa, leaf)
                 if not leaf:
                     return 0
             if access == FETCH:
-                self.fetched(page, leaf & LEAF_ADDRESS)
-                return leaf & (LEAF_ADDRESS | R * translation.readable) & ~withheld | X
-            return leaf & (LEAF_ADDRESS | R * translation.readable | W * translation.writable) & ~withheld
+                cell = self.fetched(page, leaf & LEAF_ADDRESS)
+                answer = leaf & (LEAF_ADDRESS | R * translation.readable) & ~withheld | X
+            else:
+                cell = 0
+                answer = leaf & (LEAF_ADDRESS | R * translation.readable | W * translation.writable) & ~withheld
+            if lasts and self._reads is not None:
+                self.quick.keep(
+                    page, access, state[1], translation, self._reads,
+                    user=state[4], user_fetch=self._user_fetch, cell=cell,
+                )  # fmt: skip
+            return answer
 
         return fill if self.fetch_side is None else self._fills_of_two_sides(fill, self.fetch_side, engine)
 
@@ -215,30 +234,38 @@ class Mmu:
         self.refusal = Unjudged(page, access, gpa, root, host)
         return True
 
-    def fetched(self, page: int, host: int) -> None:
-        """Remember where fetches of a page go, within bounds."""
-        if len(self._fetch_pages) >= MAX_FETCH_PAGES:
-            self._fetch_pages.clear()
-        self._fetch_pages[page] = host
+    @property
+    def _remembers(self) -> bool:
+        """Whether fills depend on nothing but what ``FillTable`` can hold."""
+        return self.fetch_side is None
+
+    def fetched(self, page: int, host: int) -> int:
+        """Remember where fetches of a page go, within bounds; the address of the cell that holds it."""
+        if self._fetch_pages.is_full:
+            self._fetch_pages.reset()
+            self.quick.forget()
+        return self._fetch_pages.record(page, host)
 
     def forget_fetches(self, page: int) -> None:
         """The page tables may say something else by now about where fetches of a page go."""
-        self._fetch_pages.pop(page, None)
+        self._fetch_pages.forget(page)
 
     def translate(
         self, control: Control, page: int, access: int, engine: Engine
     ) -> tuple[Translation, int] | None:
         """Both stages for a fill; None with ``refusal`` set if the first one does not allow it."""
         cr0, cr3, cr4, efer, user = control
-        if self._mode_of != (cr0, cr4, efer):
+        if self._mode_of != (cr0 & CR0_USED, cr4 & CR4_USED, efer & EFER_USED):
             self._select_mode(cr0, cr4, efer)
         if cr3 & LEAF_ADDRESS == self._fixed_root:
             known = self._fixed_walks.get((page, access, user))
             if known is not None:
+                self._reads = ()
                 return known, self._ept.translate(known.gpa)
         if self._caches_walks:
-            known = self._walks.find((cr3, page, access, user))
-            if known is not None:
+            found = self._walks.find((cr3, page, access, user))
+            if found is not None:
+                known, self._reads = found
                 return known, self._ept.translate(known.gpa)
         return self._walk(cr3, page, access, engine, user=user)
 
@@ -247,6 +274,7 @@ class Mmu:
     ) -> tuple[Translation, int] | None:
         """Both stages for a fill that nothing is remembered of; as ``translate``."""
         mode, root = self._mode, cr3 & LEAF_ADDRESS
+        self._reads = None
         if mode.levels > 3 and not is_canonical(page, mode.levels == 5):
             self.refusal = NonCanonical(page, access)
             return None
@@ -264,25 +292,34 @@ class Mmu:
         leaf = self._ept.translate(translation.gpa)
         if root == self._fixed_root:
             self._fixed_walks[page, access, user] = translation
+            self._reads = ()
         elif leaf and leaf != MISCONFIGURED:
-            self._frames.at(leaf).learn(root, page)
+            self._learn(root, page, translation, leaf)
             if trail and self._caches_walks:
-                self._walks.keep((cr3, page, access, user), translation, trail)
+                self._reads = self._walks.keep((cr3, page, access, user), translation, trail)
         return translation, leaf
 
+    def _learn(self, root: int, page: int, translation: Translation, leaf: int) -> None:
+        """Remember an alias; of a large page, all of them at once."""
+        if translation.page_size < REGION:
+            self._frames.at(leaf).learn(root, page)
+        else:
+            self._frames.learn_region(root, page & -REGION, translation.gpa & -REGION)
+
     def _select_mode(self, cr0: int, cr4: int, efer: int) -> None:
-        self._mode_of = (cr0, cr4, efer)
+        self._mode_of = (cr0 & CR0_USED, cr4 & CR4_USED, efer & EFER_USED)
         self._mode = PagingMode.of(cr0, cr4, efer)
         self._fixed_walks.clear()
         self._walks.clear()
         self._caches_walks = self._mode.levels > 3
+        self.quick.select(self._mode_of, self.view)
 
     def current_mode(self) -> PagingMode:
         """The paging mode that the saved state selects."""
         context = self._context
-        selected = (context.cr0, context.cr4, context.efer)
-        if self._mode_of != selected:
-            self._select_mode(*selected)
+        cr0, cr4, efer = context.cr0, context.cr4, context.efer
+        if self._mode_of != (cr0 & CR0_USED, cr4 & CR4_USED, efer & EFER_USED):
+            self._select_mode(cr0, cr4, efer)
         return self._mode
 
     # Accesses of the processor itself from ring 3 (quirk "descriptor-fill")
@@ -353,7 +390,7 @@ class Mmu:
 
     def code_bytes(self, gva: int) -> bytes:
         """Up to 15 bytes at the linear address of an instruction; short if it runs into an unmapped page."""
-        host = self._fetch_pages.get(gva & -PAGE)
+        host = self._fetch_pages.host(gva & -PAGE)
         if host is not None and gva & PAGE_OFFSET <= PAGE - MAX_LENGTH:
             return self._memory.read(host | gva & PAGE_OFFSET, MAX_LENGTH)
         out = b""
@@ -391,7 +428,7 @@ class Mmu:
 
     def fetch_host(self, gva: int) -> int | None:
         """The host address that instruction fetch at a linear address reaches."""
-        host = self._fetch_pages.get(gva & -PAGE)
+        host = self._fetch_pages.host(gva & -PAGE)
         return self._peek_fetch(gva) if host is None else host | gva & PAGE_OFFSET
 
     def _peek_fetch(self, gva: int) -> int | None:
@@ -400,16 +437,18 @@ class Mmu:
 
     def forget_all_fetches(self) -> None:
         """Fetches of any page may go elsewhere from now on."""
-        self._fetch_pages.clear()
+        self._fetch_pages.forget_all()
 
     def fix_tables(self, root: int, mappings: list[tuple[int, int, int]]) -> None:
         """The address space of ``root`` consists of these (GVA, GPA, bytes), later ones winning, and never changes."""
         self._fixed_root, self._fixed = root, mappings
         self._fixed_walks.clear()
+        self.quick.forget()
 
     def tables_changed(self) -> None:
         """The host has written to the address space that was fixed: from now on it is like any other."""
         self._fixed_root = None
+        self.quick.forget()
 
     def frames_changed(self) -> None:
         """GPAs lead to other frames now: which linear pages reach a frame has to be found anew."""
@@ -421,8 +460,10 @@ class Mmu:
         if root == self._fixed_root:
             pages = self._fixed_pages.get(frame.hpa) or self._fixed_aliases(frame)
             return tuple([page + offset for page in pages])
-        found = (page + offset for where, page in frame.linear if where == root)
-        return tuple(sorted(gva for gva in found if self.peek(gva) == frame.hpa + offset))
+        candidates = {page for where, page in frame.linear if where == root}
+        for gpa in (*frame.gpas, *(gpa for _, gpa in frame.elsewhere)):
+            candidates.update(self._frames.in_regions(root, gpa))
+        return tuple(sorted(page + offset for page in candidates if self.peek(page) == frame.hpa))
 
     def _fixed_aliases(self, frame: Frame) -> list[int]:
         """The linear pages of a frame in the constant address space, ascending."""

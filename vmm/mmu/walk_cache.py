@@ -21,7 +21,7 @@ CAPACITY: Final = 1 << 16
 #: CR3, linear page, kind of access, whether it is from ring 3.
 Key = tuple[int, int, int, bool]
 #: (GPA of an entry, what the EPT says of it, its place in ``GuestMemory.words``, its value).
-_Read = tuple[int, int, int, int]
+Read = tuple[int, int, int, int]
 
 
 class WalkCache:
@@ -30,26 +30,27 @@ class WalkCache:
     def __init__(self, memory: GuestMemory, ept: ExtendedPageTables) -> None:
         self._words: Final = memory.words
         self._translate = ept.translate
-        self._walks: Final[dict[Key, tuple[Translation, tuple[_Read, ...]]]] = {}
+        self._walks: Final[dict[Key, tuple[Translation, tuple[Read, ...]]]] = {}
 
     def use(self, ept: ExtendedPageTables) -> None:
         """Walks are by another EPT from now on; what is remembered holds where that says the same."""
         self._translate = ept.translate
 
-    def find(self, key: Key) -> Translation | None:
-        """The translation that a walk would give; None if that has to be found out."""
+    def find(self, key: Key) -> tuple[Translation, tuple[Read, ...]] | None:
+        """The translation that a walk would give, and what it read; None if that has to be found out."""
         known = self._walks.get(key)
         if known is None:
             return None
-        translation, reads = known
         words, translate = self._words, self._translate
-        for gpa, leaf, place, entry in reads:
+        for gpa, leaf, place, entry in known[1]:
             if words[place] != entry or translate(gpa) != leaf:
                 return None
-        return translation
+        return known
 
-    def keep(self, key: Key, translation: Translation, trail: list[tuple[int, int]]) -> None:
-        """Remember a walk that read these (GPA, entry) and has set no flag."""
+    def keep(
+        self, key: Key, translation: Translation, trail: list[tuple[int, int]]
+    ) -> tuple[Read, ...]:  # fmt: skip
+        """Remember a walk that read these (GPA, entry) and has set no flag; what it depends on."""
         if len(self._walks) >= CAPACITY:
             self._walks.clear()
         reads = []
@@ -57,6 +58,7 @@ class WalkCache:
             leaf = self._translate(gpa)
             reads.append((gpa, leaf, (leaf & ADDRESS_MASK | gpa & PAGE - 1) >> 3, entry))
         self._walks[key] = translation, tuple(reads)
+        return self._walks[key][1]
 
     def clear(self) -> None:
         """Forget everything."""

@@ -58,9 +58,10 @@ CR4_SMAP = 1 << 21
 EFER_LME = 1 << 8
 EFER_NXE = 1 << 11
 
-_CR0_USED = CR0_WP | CR0_PG
-_CR4_USED = CR4_PSE | CR4_PAE | CR4_PGE | CR4_LA57 | CR4_SMEP | CR4_SMAP
-_EFER_USED = EFER_LME | EFER_NXE
+# The bits that make a difference to paging.
+CR0_USED = CR0_WP | CR0_PG
+CR4_USED = CR4_PSE | CR4_PAE | CR4_PGE | CR4_LA57 | CR4_SMEP | CR4_SMAP
+EFER_USED = EFER_LME | EFER_NXE
 
 #: Physical-address width that Unicorn's processor reports in CPUID leaf 80000008H.
 DEFAULT_MAXPHYADDR = 40
@@ -149,7 +150,7 @@ class PagingMode:
         Bits that have no part in paging make no difference: equal modes are the same object. Raises
         ``OptionError`` if ``maxphyaddr`` is not in 32..52.
         """
-        return _decode(cr0 & _CR0_USED, cr4 & _CR4_USED, efer & _EFER_USED, maxphyaddr, gib_pages)
+        return _decode(cr0 & CR0_USED, cr4 & CR4_USED, efer & EFER_USED, maxphyaddr, gib_pages)
 
 
 @lru_cache(maxsize=256)

@@ -15,7 +15,7 @@ from vmm.mmu.refusals import PagingStructureViolation, StaleUse, Stepwise, Unflu
 from vmm.mmu.structures import NO_WRITER
 from vmm.mmu.translation import ACCESSES
 from vmm.paging import Translation, entries
-from vmm.paging.mode import XD, D
+from vmm.paging.mode import CR0_USED, CR4_USED, EFER_USED, XD, D
 from vmm.paging.rights import SUPERVISOR, USER
 from vmm.tlb.mappings import CachedMappings, EntryRead, GuestPhysical, Mapping, tag_of
 from vmm.tlb.strict import StrictTlb
@@ -84,7 +84,7 @@ class StrictMmu(Mmu):
         self, control: Control, page: int, access: int, engine: Engine
     ) -> tuple[Translation, int] | None:
         cr0, cr3, cr4, efer, _ = control
-        if self._mode_of != (cr0, cr4, efer):
+        if self._mode_of != (cr0 & CR0_USED, cr4 & CR4_USED, efer & EFER_USED):
             self._select_mode(cr0, cr4, efer)
         known = self.cached.find(self._eptrta, tag_of(cr0, cr3, cr4), page)
         if known is not None and self._suffices(known, control, access):
@@ -95,6 +95,11 @@ class StrictMmu(Mmu):
             self.refusal = Stepwise(page, access)  # quirk "early-fetch": perhaps nobody gets there
             return None
         return self._anew(control, page, access, engine)
+
+    @property
+    def _remembers(self) -> bool:
+        """What is cached is tracked here."""
+        return False
 
     @property
     def _eptrta(self) -> int:

@@ -35,6 +35,8 @@ class Auditor:
         if now != block.code:
             raise AuditError(_report(block, now))
         if self._last is not None:
+            if self._last.successors is None:
+                self._last.successors = set()
             self._last.successors.add(gva)
         self._last = block
 

@@ -31,19 +31,18 @@ class Block:
     mode: str
     code: bytes
     vcpu: int = 0
-    #: Linear addresses of blocks seen to follow this one; filled by the auditor.
-    successors: set[int] = field(factory=set)
+    #: Linear addresses of blocks seen to follow this one; None without an auditor, which tells.
+    successors: set[int] | None = None
     #: What makes two translations the same.
     key: Key = field(init=False)
     #: The granules of host memory that it touches (see ``BlockCache``).
     granules: tuple[int, ...] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        spans = self.spans
-        address, size = spans[0]
+        address, size = self.spans[0]
         self.key = (self.vcpu, self.gva, address, self.mode_flags)
         self.granules = granules_of(address, size)
-        for address, size in spans[1:]:
+        for address, size in self.spans[1:]:
             self.granules += granules_of(address, size)
 
     @property

@@ -66,14 +66,20 @@ class BlockCache:
         self, gva: int, spans: tuple[Span, ...], mode_flags: int, mode: str, code: bytes, vcpu: int = 0
     ) -> Block:
         """Take in a block that an engine has just translated. Call ``trim`` before it goes on."""
-        stale = self._blocks.get((vcpu, gva, spans[0][0], mode_flags))
-        if stale is not None:
-            self._drop([stale], "evicted", "retranslated")
-        self.counters.created += 1
-        block = Block(self.counters.created, gva, spans, mode_flags, mode, code, vcpu)
-        self._blocks[block.key] = block
+        counters = self.counters
+        block = Block(counters.created + 1, gva, spans, mode_flags, mode, code, vcpu)
+        key = block.key
+        if key in self._blocks:
+            self._drop([self._blocks[key]], "evicted", "retranslated")
+        counters.created += 1
+        self._blocks[key] = block
+        granules = self._granules
         for granule in block.granules:
-            self._granules.setdefault(granule, {})[block.key] = block
+            holders = granules.get(granule)
+            if holders is None:
+                granules[granule] = {key: block}
+            else:
+                holders[key] = block
         if self.observer is not None:
             self.observer("created", block, "translated")
         return block

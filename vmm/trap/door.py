@@ -6,6 +6,7 @@ through here, so that exactly the translations of the changed bytes die and ever
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -21,6 +22,7 @@ from vmm.translation import Block, BlockCache
 from vmm.translation.cache import by_number
 
 _OFFSET: Final = PAGE - 1
+_DIFFERING: Final = re.compile(rb"[^\0]+", re.DOTALL).finditer
 
 #: Bytes to put somewhere: (HPA, GPA, bytes), within one frame.
 Piece = tuple[int, int, bytes]
@@ -184,23 +186,8 @@ class Door:
 
 
 def changed_runs(old: bytes, new: bytes) -> list[tuple[int, int]]:
-    """(start, size) of each run of bytes that differ."""
+    """(start, size) of each run of bytes that differ, in two strings of the same length."""
     difference = int.from_bytes(old, "little") ^ int.from_bytes(new, "little")
     if not difference:
         return []
-    first = (difference & -difference).bit_length() - 1 >> 3
-    size = (difference.bit_length() - 1 >> 3) - first + 1
-    if size == 1 or 0 not in (difference >> 8 * first).to_bytes(size, "little"):
-        return [(first, size)]
-    runs = []
-    start = None
-    for index, (before, after) in enumerate(zip(old, new, strict=True)):
-        if before != after:
-            if start is None:
-                start = index
-        elif start is not None:
-            runs.append((start, index - start))
-            start = None
-    if start is not None:
-        runs.append((start, len(old) - start))
-    return runs
+    return [(run.start(), len(run[0])) for run in _DIFFERING(difference.to_bytes(len(old), "little"))]

@@ -295,9 +295,8 @@ class Trap:
         """
         if self.refusals.keeps_wx:
             return True
-        if self.policy.writes == "step" or self.instruction.lies_in(frame) or self._is_fetched_with_store(frame):
-            return False
-        return self.policy.writes == "window" or frame.traps >= HOT_FRAME
+        wanted = self.policy.writes == "window" or (self.policy.writes == "adaptive" and frame.traps >= HOT_FRAME)
+        return wanted and not (self.instruction.lies_in(frame) or self._is_fetched_with_store(frame))
 
     def _is_fetched_with_store(self, frame: Frame) -> bool:
         """Whether the block that the store is in ends in the frame: it is fetched as a whole, before the store."""
