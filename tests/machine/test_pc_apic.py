@@ -220,6 +220,17 @@ def test_the_timer_may_be_an_nmi(tmp_path):
     assert [record.vector for record in made.of(Injection)] == [NMI] * 3
 
 
+@WAYS
+def test_an_nmi_that_comes_in_the_middle_of_a_block_is_taken_soon(tmp_path, options):
+    """A control word raises the output of the 8254 at once, and nothing is an exit after that."""
+    source = f"""
+        {start((NMI, "handler"))} {redirect(2, 0x400)} mov al, 0x30; out 0x43, al; mov al, 0x34; out 0x43, al
+        mov ecx, 1000; spin: dec ecx; jnz spin; mov r8d, ebx; {END} {COUNT} iretq"""
+    made = pc_guests.build(tmp_path, source, options=options)
+    assert made.run().reason == "port"
+    assert made.machine.register("r8") == 1
+
+
 # A system that knows of no APIC
 
 
