@@ -11,7 +11,9 @@ import pytest
 from shadow import Shadow
 from test_debian import APPEND, files  # noqa: F401 - a fixture
 
+from vmm import assembly
 from vmm.commands.typist import Typist
+from vmm.cpu.features import pc_cpuid
 from vmm.exits import DeviceAccess
 from vmm.guest.linux import load_linux
 from vmm.machine import Machine
@@ -45,6 +47,18 @@ class Boot:
 @pytest.fixture(scope="module")
 def with_apic(files) -> Boot:  # noqa: F811 - the fixture
     return Boot(*files, apic=True)
+
+
+@pytest.fixture(scope="module")
+def that_measures(files) -> Boot:  # noqa: F811 - the fixture
+    """With a processor that does not tell the frequency of its clocks."""
+
+    def silent(leaf, subleaf, cr4, *, apic_clock):
+        return pc_cpuid(leaf, subleaf, cr4, apic_clock=apic_clock if leaf == 1 else 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "pc_cpuid", silent)
+        return Boot(*files, apic=True)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +101,17 @@ def test_every_interrupt_of_the_local_apic_was_ended(with_apic):
     assert {access.gpa & -4096 for access in with_apic.accesses} == {LOCAL_APIC, IO_APIC}
 
 
+def test_a_kernel_that_has_to_measure_the_timer_finds_it_right_and_the_8254_at_pin_2(that_measures):
+    assert that_measures.end.reason == "halt"
+    assert not re.search("MP-BIOS bug|APIC (calibration|frequency)|panic", that_measures.console)
+    count, line = that_measures.interrupts("0")[1]
+    assert count > 0
+    assert re.fullmatch("IO-APIC +2-edge +timer", line)
+    assert that_measures.interrupts("LOC")[1][0] > 100
+    initial = [each.value for each in that_measures.accesses if each.gpa == LOCAL_APIC + 0x380]
+    assert max(value for value in initial if value < 1 << 31) < 10**9 // 16, "counts of a tick or so, a second at most"
+
+
 def test_without_apics_the_8259s_do_it_all(without_apic):
     assert without_apic.end.reason == "halt"
     assert {count for count, _ in without_apic.interrupts("LOC")} == {0}
@@ -94,7 +119,7 @@ def test_without_apics_the_8259s_do_it_all(without_apic):
     assert without_apic.accesses == []
 
 
-@pytest.mark.parametrize("boot", ["with_apic", "without_apic"])
+@pytest.mark.parametrize("boot", ["with_apic", "that_measures", "without_apic"])
 def test_the_journal_accounts_for_every_byte_of_code(boot, request):
     made = request.getfixturevalue(boot)
     made.machine.verify()
