@@ -128,7 +128,9 @@ def guests(*, as_json: bool) -> None:
 @click.option("--tlb", type=click.Choice(["loose", "strict"]), help="TLB policy instead of the manifest's.")
 @click.option("--seconds", type=float, metavar="S", help="Time limit instead of the manifest's.")
 @click.option("--capacity", type=int, metavar="N", help="How many translated blocks are kept.")
-@click.option("--input", metavar="FILE", help="What the guest reads at its input port; - is standard input.")
+@click.option(
+    "--input", metavar="FILE", help="What the guest reads at its input port, or serial port; - is standard input."
+)
 @click.option("--time", metavar="SECONDS", help="What the guest's clock shows, in seconds since 1970.")
 @click.option("--seed", type=click.IntRange(0, (1 << 64) - 1), metavar="N", help="Another interleaving of the vCPUs.")
 @click.option(
@@ -136,6 +138,9 @@ def guests(*, as_json: bool) -> None:
     type=click.Choice(["coherent", "serialised", "explicit"]),
     help="How late changed code may be seen, instead of the manifest's policy; stale execution is reported.",
 )
+@click.option("--append", metavar="TEXT", help="Put this onto a Multiboot kernel's command line, behind its name.")
+@click.option("--memory", metavar="SIZE", help="RAM of a Multiboot kernel, like 64M (which it is by default).")
+@click.option("--module", "modules", metavar="FILE", multiple=True, help="Load a Multiboot module. May be repeated.")
 @click.option("--all", "everything", is_flag=True, help="Show every record: fold no loops, cut nothing off.")
 @click.option("-q", "--quiet", is_flag=True, help="Show nothing but what is wrong.")
 @click.option("-v", "--verbose", is_flag=True, help="Tell on standard error what the VMM itself does.")
@@ -143,7 +148,8 @@ def guests(*, as_json: bool) -> None:
 def run(target: str, **options: Any) -> int:  # noqa: ANN401 - click's values
     """Run TARGET, and show what happened.
 
-    TARGET is a name that `vmm guests` lists, a guest.toml, a folder with one, or an ELF64 image.
+    TARGET is a name that `vmm guests` lists, a guest.toml, a folder with one, a Multiboot image, or an ELF64 image.
+    --append, --memory and --module are for Multiboot images.
 
     Exit status: 0 the guest ended as its manifest says and the script holds; 1 it did not; 2 bad input;
     3 the guest died (triple fault, a budget used up, memory that does not exist); 130 Ctrl-C.
@@ -155,9 +161,9 @@ def run(target: str, **options: Any) -> int:  # noqa: ANN401 - click's values
 
 
 @main.command()
-@click.option("--kernel", metavar="FILE", required=True, help="A bzImage, or a vmlinux.")
-@click.option("--initrd", metavar="FILE", help="The initial RAM disk.")
-@click.option("--append", metavar="TEXT", default="console=ttyS0", show_default=True, help="The kernel's command line.")
+@click.option("--kernel", metavar="FILE", required=True, help="A bzImage, a vmlinux, or a Multiboot image.")
+@click.option("--initrd", metavar="FILE", help="The initial RAM disk; the only module of a Multiboot image.")
+@click.option("--append", metavar="TEXT", help="The kernel's command line; for Linux console=ttyS0 by default.")
 @click.option("--memory", metavar="SIZE", help="RAM, like 256M (which it is by default).")
 @click.option(
     "--apic",
@@ -186,7 +192,7 @@ def run(target: str, **options: Any) -> int:  # noqa: ANN401 - click's values
 @click.option("-v", "--verbose", is_flag=True, help="Tell on standard error what the VMM itself does.")
 @_color
 def boot(**options: Any) -> int:  # noqa: ANN401 - click's values
-    """Boot a Linux kernel on a PC whose code is execute-only, with its serial console here.
+    """Boot a Linux or Multiboot kernel on a PC whose code is execute-only, with its serial console here.
 
     At a terminal it is interactive: Ctrl-A x ends the run. Otherwise, and with --input, the same kernel and input give
     the same run, to the byte.

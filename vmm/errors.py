@@ -5,7 +5,7 @@
     VmmError
     ├── InputError            something the user gave is wrong        exit status 2
     │   ├── ManifestError     a guest.toml
-    │   ├── ImageError        an image (flat, ELF)
+    │   ├── ImageError        an image (flat, ELF, Multiboot)
     │   ├── ScriptError       an expectation script
     │   └── OptionError       a command-line option or API argument
     ├── EngineError           this Unicorn cannot carry the VMM       exit status 2

@@ -64,7 +64,7 @@ class Machine:
 
     @classmethod
     def from_manifest(cls, path: str | Path, options: RunOptions | None = None) -> Machine:
-        """A machine for a bundled guest's name, a ``guest.toml``, a folder that holds one, or an ELF64 image.
+        """A machine for a bundled guest's name, a ``guest.toml``, a folder that holds one, or an image without one.
 
         Raises ``InputError`` for anything that cannot be loaded, ``EngineError`` for an unknown Unicorn.
         """

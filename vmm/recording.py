@@ -44,7 +44,7 @@ def digests(guest: Guest) -> tuple[str, str | None]:
     """SHA-256 of a guest's image and of its manifest, None if it has none; raises ``InputError``."""
     manifest, fix = guest.manifest, "leave the guest's files in their place"
     image = read_file(manifest.image.file, ELF_FILE_LIMIT, error=ImageError, fix=fix)
-    if manifest.path == manifest.image.file:
+    if not manifest.is_file:
         return _sha256(image), None
     return _sha256(image), _sha256(read_file(manifest.path, MANIFEST_LIMIT, error=ManifestError, fix=fix))
 

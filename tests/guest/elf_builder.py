@@ -124,13 +124,16 @@ class Elf:
         return 0, 0, b""
 
     def _symbol_sections(self, start: int) -> tuple[int, int, bytes]:
-        names, table = bytearray(self.names_in_front + b"\0"), bytearray(SYM.size)
+        sym, shdr = self.layout("sym"), self.layout("shdr")
+        names, table = bytearray(self.names_in_front + b"\0"), bytearray(sym.size)
         for name, info, section, value in self.symbols:
-            table += SYM.pack(len(names) + self.name_offset, info, 0, section, value, 0)
+            at = len(names) + self.name_offset
+            narrow, wide = (at, value, 0, info, 0, section), (at, info, 0, section, value, 0)
+            table += sym.pack(*(narrow if self.bits == 32 else wide))
             names += name.encode() + b"\0"
-        tail = table + names + bytes(64)
-        tail += SHDR.pack(0, 2, 0, 0, start, len(table), self.symbol_link, 1, 8, self.symbol_entsize)
-        tail += SHDR.pack(0, 3, 0, 0, start + len(table), len(names), 0, 0, 1, 0)
+        tail = table + names + bytes(shdr.size)
+        tail += shdr.pack(0, 2, 0, 0, start, len(table), self.symbol_link, 1, 8, self.symbol_entsize)
+        tail += shdr.pack(0, 3, 0, 0, start + len(table), len(names), 0, 0, 1, 0)
         return start + len(table) + len(names), 3, bytes(tail)
 
     def _named_sections(self, start: int) -> tuple[int, int, bytes]:

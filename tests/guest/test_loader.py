@@ -99,7 +99,7 @@ def test_a_path_that_means_nothing_is_refused_in_one_line(path, tmp_path, monkey
 
 
 def test_a_file_that_is_neither_manifest_nor_elf_is_refused(folder):
-    with pytest.raises(ImageError, match="neither an ELF64 image nor"):
+    with pytest.raises(ImageError, match=r"neither a Multiboot image, nor an ELF64 image, nor a guest\.toml"):
         load_guest(folder / "image.bin")
 
 

@@ -26,21 +26,36 @@ _REGULAR, _FOLDER, _LINK, _DEVICE = 0o100755, 0o40755, 0o120777, 0o20600
 
 def fetch(folder: Path) -> tuple[Path, Path]:
     """Download and unpack both packages: (bzImage, busybox). Whatever is missing is an error, not a reason to skip."""
+    update(folder)
+    download(folder, dependency(folder, KERNEL, r"linux-image-\S+"), BUSYBOX)
+    (kernel,) = (folder / "root/boot").glob("vmlinuz-*")
+    return kernel, folder / "root/bin/busybox"
+
+
+def update(folder: Path) -> None:
+    """Have apt know what there is."""
     for tool in ("apt-get", "apt-cache", "dpkg"):
         if shutil.which(tool) is None:
             raise RuntimeError(f"the Linux lane needs {tool}: run it on Debian or in a container of it")
     with Path(tempfile.gettempdir(), "vmm-debian.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # apt allows one update at a time, and there may be several test processes
         _run(folder, "apt-get", "update", "-qq")
-    depends = _run(folder, "apt-cache", "depends", KERNEL)
-    image = re.search(r"Depends: (linux-image-\S+)", depends)
-    if image is None:
-        raise RuntimeError(f"{KERNEL} depends on no kernel image:\n{depends}")
-    _run(folder, "apt-get", "download", "-qq", image[1], BUSYBOX)
+
+
+def dependency(folder: Path, package: str, pattern: str) -> str:
+    """The package that a metapackage stands for."""
+    depends = _run(folder, "apt-cache", "depends", package)
+    found = re.search(rf"Depends: ({pattern})", depends)
+    if found is None:
+        raise RuntimeError(f"{package} depends on nothing like {pattern}:\n{depends}")
+    return found[1]
+
+
+def download(folder: Path, *packages: str) -> None:
+    """Download packages, and unpack them into the folder ``root``."""
+    _run(folder, "apt-get", "download", "-qq", *packages)
     for package in folder.glob("*.deb"):
         _run(folder, "dpkg", "-x", str(package), "root")
-    (kernel,) = (folder / "root/boot").glob("vmlinuz-*")
-    return kernel, folder / "root/bin/busybox"
 
 
 def _run(folder: Path, *command: str) -> str:

@@ -8,7 +8,14 @@ import mmap
 import threading
 
 import pytest
-from unicorn.unicorn_const import UC_ARCH_X86, UC_HOOK_BLOCK, UC_HOOK_MEM_WRITE_PROT, UC_MEM_FETCH, UC_MODE_64
+from unicorn.unicorn_const import (
+    UC_ARCH_X86,
+    UC_HOOK_BLOCK,
+    UC_HOOK_MEM_WRITE,
+    UC_HOOK_MEM_WRITE_PROT,
+    UC_MEM_FETCH,
+    UC_MODE_64,
+)
 from unicorn.unicorn_py3.unicorn import Uc, UcContext, UcError, uclib
 from unicorn.x86_const import UC_X86_REG_RCX, UC_X86_REG_RDI, UC_X86_REG_RDX, UC_X86_REG_RIP
 
@@ -216,6 +223,52 @@ def test_q34_a_stop_from_another_thread_replays_read_modify_writes() -> None:
         if replayed:
             break
     assert replayed
+
+
+NO_EXIT_REQUEST = 2034
+
+
+def without_exit_requests() -> Bare:
+    """An engine whose translations do not ask behind each memory access whether to stop."""
+    b = Bare()
+    place = ctypes.c_uint8.from_address(b.uc._uch.value + NO_EXIT_REQUEST)
+    assert place.value == 0
+    place.value = 1
+    return b
+
+
+@pytest.mark.parametrize(("make", "done"), [(Bare, 0), (without_exit_requests, 1)], ids=["asking", "not asking"])
+def test_q38_a_stop_in_a_block_is_at_its_end_if_nothing_asks_before(make, done: int) -> None:
+    b = make()
+    b.put(CODE, "mov [rdi], rax; inc rcx; jmp next; next: inc rdx; hlt")
+    b["rdi"] = DATA
+    b.uc.hook_add(UC_HOOK_MEM_WRITE, lambda uc, *_: uc.emu_stop())
+    b.run()
+    assert (b["rcx"], b["rdx"]) == (done, 0)
+
+
+def test_q38_refused_fills_are_exact_all_the_same() -> None:
+    b = without_exit_requests()
+    b.pages[DATA] = (DATA, R)
+    b.put(CODE, "inc rcx; mov rax, [rdi]; inc rcx; mov [rdi], rax; inc rcx; hlt")
+    b["rdi"] = DATA
+    assert b.run() == REFUSED
+    assert (b.pc, b["rcx"]) == (CODE + 9, 2)
+
+
+def test_q38_a_stop_from_another_thread_is_at_a_boundary() -> None:
+    for _ in range(20):
+        b = without_exit_requests()
+        b.put(CODE, "l: inc qword ptr [rdi]; inc rcx; cmp rcx, rdx; jb l; hlt")
+        b["rdi"], b["rdx"] = DATA, 1 << 40
+        over = threading.Event()
+        stopper = threading.Thread(target=stop_until, args=(b, over))
+        stopper.start()
+        b.run()
+        over.set()
+        stopper.join()
+        assert b.pc == CODE
+        assert int.from_bytes(b.ram[DATA : DATA + 8], "little") == b["rcx"]
 
 
 def write_protected(code: bytes, *, head: int = 0) -> tuple[Uc, int, int]:

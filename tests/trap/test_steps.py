@@ -9,7 +9,7 @@ from tiny import CODE, DATA, PAGE, STACK, map_page
 from vmm.exits import ExceptionExit, ExitReason
 from vmm.guest.manifest import Policy
 from vmm.machine import RunOptions
-from vmm.trap.policy import HOT_FRAME
+from vmm.trap.policy import READ_OFTEN
 
 #: Two code pages next to each other at linear addresses, in frames that are not; and a page that is not mapped.
 FIRST, SECOND = 0x4000_0000, 0x4000_1000
@@ -331,11 +331,11 @@ class TestReads:
         assert made.count(ExitReason.MTF) == 0
         assert str(made.machine.ept.entry(FRAME_1).permissions) == "r-x"
 
-    def test_or_it_does_once_it_is_hot(self):
+    def test_or_it_does_once_it_is_read_often(self):
         source = f"mov ebx, {FIRST}; mov ecx, 40; again: mov eax, [rbx]; dec ecx; jnz again"
         made = run(source, policy=Policy(reads="adaptive", code="load"))
-        assert made.count(ExitReason.MTF) == HOT_FRAME
-        assert len(made.violations) == HOT_FRAME + 1
+        assert made.count(ExitReason.MTF) == READ_OFTEN
+        assert len(made.violations) == READ_OFTEN + 1
         assert str(made.machine.ept.entry(FRAME_1).permissions) == "r-x"
 
     def test_a_granted_frame_still_traps_stores(self):

@@ -1,4 +1,4 @@
-"""``vmm boot``: a Linux kernel from its entry to its end, its serial console on the terminal or fed from a file."""
+"""``vmm boot``: a kernel from its entry to its end, its serial console on the terminal or fed from a file."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
 
+from vmm.commands.given import parse_size
 from vmm.commands.run import RunRequest, run_guest
 from vmm.commands.terminal import Terminal, is_interactive
 from vmm.commands.typist import Typist
-from vmm.errors import InputError, OptionError
-from vmm.guest.files import read_file, shown
-from vmm.guest.linux import DEFAULT_MEMORY, load_linux
+from vmm.errors import ImageError, InputError, OptionError
+from vmm.guest.files import read_file, read_head
+from vmm.guest.linux import ADAPTIVE, DEFAULT_MEMORY, is_bz_image, load_linux
+from vmm.guest.multiboot import load_multiboot
+from vmm.guest.multiboot_image import SEARCHED, find_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm.guest.loader import Guest
     from vmm.machine import Machine
 
+#: The command line that Linux gets unless told otherwise.
+LINUX_CONSOLE: Final = "console=ttyS0"
 #: Seconds that a kernel may run whose console is not a terminal.
 DEFAULT_SECONDS: Final = 600.0
-_UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _INPUT_LIMIT: Final = 1 << 20
 
 
@@ -32,7 +37,7 @@ class BootRequest:
 
     kernel: str
     initrd: str | None = None
-    append: str = "console=ttyS0"
+    append: str | None = None
     memory: str | None = None
     apic: str = "on"
     input: str | None = None
@@ -53,14 +58,7 @@ class BootRequest:
 def boot(request: BootRequest) -> int:
     """Boot a kernel; the exit status. Raises ``InputError`` and ``EngineError`` for what cannot be run."""
     interactive = request.input is None and not request.quiet and is_interactive()
-    guest = load_linux(
-        Path(request.kernel),
-        initrd=None if request.initrd is None else Path(request.initrd),
-        command_line=request.append,
-        memory=DEFAULT_MEMORY if request.memory is None else parse_size(request.memory),
-        seconds=float("inf") if interactive else DEFAULT_SECONDS,
-        apic=request.apic == "on",
-    )
+    guest = _load(request, seconds=float("inf") if interactive else DEFAULT_SECONDS)
     run_request = RunRequest(
         request.kernel,
         trace=request.trace,
@@ -83,12 +81,27 @@ def boot(request: BootRequest) -> int:
     return run_guest(guest, run_request, prepare=_typist(request), also_read=read)
 
 
-def parse_size(text: str) -> int:
-    """A size of memory: a number of bytes, or one of K, M or G; raises ``OptionError``."""
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in _UNITS else (text, "")
-    if not (number.isascii() and number.isdigit() and len(number) < 16):
-        raise OptionError(f"{shown(text)} is no size", where="--memory", fix="write it like 256M or 1G")
-    return int(number) * _UNITS.get(unit, 1)
+def _load(request: BootRequest, *, seconds: float) -> Guest:
+    """The kernel as Linux, or as Multiboot says if that is the only header that it has."""
+    kernel, initrd = Path(request.kernel), None if request.initrd is None else Path(request.initrd)
+    memory = DEFAULT_MEMORY if request.memory is None else parse_size(request.memory)
+    head = read_head(kernel, SEARCHED, error=ImageError, fix="give the path of a kernel")
+    if is_bz_image(head) or find_header(head) is None:
+        append = LINUX_CONSOLE if request.append is None else request.append
+        return load_linux(
+            kernel, initrd=initrd, command_line=append, memory=memory, seconds=seconds, apic=request.apic == "on"
+        )
+    modules = () if initrd is None else (initrd,)
+    append = request.append or ""
+    return load_multiboot(
+        kernel,
+        modules=modules,
+        command_line=append,
+        memory=memory,
+        policy=ADAPTIVE,
+        seconds=seconds,
+        apic=request.apic == "on",
+    )
 
 
 def _typist(request: BootRequest) -> Callable[[Machine], None]:

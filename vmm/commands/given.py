@@ -1,4 +1,4 @@
-"""What a run is given to read from outside: ``--input`` and ``--time``."""
+"""What a run is given from outside: ``--input``, ``--time`` and ``--memory``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vmm.errors import OptionError
 from vmm.guest.files import read_file, shown
 from vmm.guest.inputs import TIME_LIMIT
 
+_UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _TIME: Final = re.compile(r"(\d{1,20})(?:\.(\d{1,9}))?", re.ASCII)
 
 
@@ -45,3 +46,11 @@ def parse_time(text: str | None) -> int | None:
         fix = "give seconds since 1970, such as 1700000000 or 1700000000.25"
         raise OptionError(f"{shown(text)} is no time", where="--time", fix=fix)
     return int(found[1]) * NANOSECONDS + int((found[2] or "").ljust(9, "0"))
+
+
+def parse_size(text: str) -> int:
+    """A size of memory: a number of bytes, or one of K, M or G; raises ``OptionError``."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in _UNITS else (text, "")
+    if not (number.isascii() and number.isdigit() and len(number) < 16):
+        raise OptionError(f"{shown(text)} is no size", where="--memory", fix="write it like 256M or 1G")
+    return int(number) * _UNITS.get(unit, 1)

@@ -11,16 +11,17 @@ from attrs import evolve, frozen
 
 from vmm.coherence import Coherence
 from vmm.commands.diagnostics import Diagnostics
-from vmm.commands.given import parse_time, read_input
+from vmm.commands.given import parse_size, parse_time, read_input
 from vmm.commands.interrupt import Interruption
 from vmm.commands.outputs import STDOUT, OutputFile, Outputs
 from vmm.commands.progress import Progress
 from vmm.commands.screen import Screen, standard_error, standard_output
 from vmm.commands.summary import add_row, introduce, summarize
-from vmm.errors import GuestError
+from vmm.devices.uart import BACKLOG
+from vmm.errors import GuestError, OptionError
 from vmm.exits import End
 from vmm.guest.kallsyms import find_kallsyms, to_text
-from vmm.guest.loader import Guest, load_guest
+from vmm.guest.loader import BootOptions, Guest, load_guest
 from vmm.machine import Machine, RunOptions
 from vmm.outcome import Outcome, Status, judge
 from vmm.printed import hear_text
@@ -70,7 +71,15 @@ class RunRequest:
     time: str | None = None
     wx: Literal["off", "fault", "stop"] | None = None
     tlb: Literal["loose", "strict"] | None = None
+    append: str | None = None
+    memory: str | None = None
+    modules: tuple[str, ...] = ()
     color: str = "auto"
+
+    def boot_options(self) -> BootOptions:
+        """The part of it that a kernel without a manifest is booted with."""
+        memory = None if self.memory is None else parse_size(self.memory)
+        return BootOptions(self.append, memory, tuple(map(Path, self.modules)))
 
     def options(self) -> RunOptions:
         """The part of it that the machine is interested in."""
@@ -96,10 +105,27 @@ OWN_SCRIPT: Final = "own"
 
 def run(request: RunRequest) -> int:
     """Run a guest; the exit status. Raises ``InputError`` and ``EngineError`` for what cannot be run."""
-    guest = load_guest(request.target)
+    guest = load_guest(request.target, request.boot_options())
     if request.expect == OWN_SCRIPT:
         request = evolve(request, expect=str(guest.manifest.own_script))
-    return run_guest(guest, request)
+    read = [Path(module) for module in request.modules]
+    if request.input is None or not guest.is_pc:
+        return run_guest(guest, request, also_read=read)
+    if request.input != STDOUT:
+        read.append(Path(request.input))
+    return run_guest(guest, evolve(request, input=None), prepare=_typing(request.input), also_read=read)
+
+
+def _typing(name: str) -> Callable[[Machine], None]:
+    """Types the whole of an input at a PC's serial port before the run."""
+    data = read_input(name) or b""
+
+    def type_it(machine: Machine) -> None:
+        assert machine.pc is not None
+        if machine.pc.com1.receive(data) < len(data):
+            raise OptionError(f"more than {BACKLOG:#x} bytes", where="--input", fix="give less")
+
+    return type_it
 
 
 def run_guest(

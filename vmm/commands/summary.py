@@ -57,8 +57,8 @@ def _row(label: str, text: str, painter: Painter, style: Style = Style.PLAIN) ->
 
 
 def _as_wanted(machine: Machine, outcome: Outcome) -> str:
-    end = machine.guest.manifest.end
-    told = end.value is not None or end.halt
+    manifest = machine.guest.manifest
+    told = manifest.is_file and (manifest.end.value is not None or manifest.end.halt)
     return ", as the manifest wants" if outcome.status is Status.OK and told else ""
 
 

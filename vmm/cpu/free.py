@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vmm.cpu import binding as b
+from vmm.cpu import exit_checks
 from vmm.cpu.context import Context
 from vmm.cpu.countdown import Countdown
 from vmm.cpu.engine import Engine, Stop
@@ -38,6 +39,7 @@ class FreeRunningEngine(Engine):
     def _add_hooks(self) -> None:
         super()._add_hooks()
         self.fills.connect(self.live)
+        exit_checks.omit(self.handle)
         self._hook(b.HOOK_EDGE_GENERATED, b.EdgeGenerated(self._on_edge))
         if self._counts_entries:
             self.countdown = Countdown(self.live)

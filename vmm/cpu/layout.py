@@ -58,7 +58,8 @@ HF_CS64: Final = 1 << 15
 
 _LONG_MODE: Final = HF_PE | HF_LMA | HF_CS64
 _MSRS: Final = {0xC0000081: STAR, 0xC0000082: LSTAR, 0xC0000083: CSTAR, 0xC0000084: FMASK}
-_PROBE_PAGE: Final = 0x1000
+#: Where the page of a probe is, and behind it another.
+PROBE_PAGE: Final = 0x1000
 
 
 class Probe:
@@ -75,7 +76,7 @@ class Probe:
         self._keep: list[object] = []
         b.check(b.ctl(handle, b.CTL_TLB_VIRTUAL, b.TLB_VIRTUAL), "uc_ctl")
         b.check(b.ctl(handle, b.CTL_USE_EXITS, 1), "uc_ctl")
-        status = b.mem_map_ptr(self.engine, _PROBE_PAGE, 8192, b.PERM_ALL, ctypes.addressof(self.code))
+        status = b.mem_map_ptr(self.engine, PROBE_PAGE, 8192, b.PERM_ALL, ctypes.addressof(self.code))
         b.check(status, "uc_mem_map_ptr")
         self._hook(b.HOOK_TLB_FILL, b.TlbFill(self._fill))
         self._hook(b.HOOK_INTERRUPT, b.Interrupt(lambda *_: b.emu_stop(self.engine)))
@@ -97,7 +98,11 @@ class Probe:
 
     def _fill(self, _engine: int, page: int, _access: int, entry: ctypes.Array[b.u64], _data: int) -> bool:
         entry[0], entry[1] = page, b.PERM_ALL
-        return _PROBE_PAGE <= page < _PROBE_PAGE + 8192
+        return PROBE_PAGE <= page < PROBE_PAGE + 8192
+
+    def stop_at_stores(self) -> None:
+        """Ask the engine to stop whenever it has stored something."""
+        self._hook(b.HOOK_MEMORY_WRITE, b.MemoryAccess(lambda *_: b.emu_stop(self.engine)))
 
     def write(self, register: int, value: int) -> None:
         """Set a register."""
@@ -111,7 +116,7 @@ class Probe:
 
     def run(self, code: bytes, at: int) -> None:
         """Put code at an address and run it."""
-        ctypes.memmove(ctypes.addressof(self.code) + at - _PROBE_PAGE, code, len(code))
+        ctypes.memmove(ctypes.addressof(self.code) + at - PROBE_PAGE, code, len(code))
         b.emu_start(self.engine, at, 0, 0, 0)
 
     def save(self) -> None:
@@ -161,13 +166,13 @@ def _observations(probe: Probe) -> list[tuple[str, bool]]:
         ("the lazy flags", (probe.at(CC_SRC), probe.at(CC_OP, ctypes.c_uint32)) == (0x8D5, 1)),
         ("the hidden flags", probe.at(HFLAGS, ctypes.c_uint32) & _LONG_MODE == _LONG_MODE),
     ]
-    probe.run(b"\x66\xb8\x28\x00\x8e\xd8", _PROBE_PAGE)  # mov ax, 0x28; mov ds, ax: #GP(0x28) with an empty GDT
+    probe.run(b"\x66\xb8\x28\x00\x8e\xd8", PROBE_PAGE)  # mov ax, 0x28; mov ds, ax: #GP(0x28) with an empty GDT
     probe.save()
     seen += [
         ("the error code", probe.at(ERROR_CODE, ctypes.c_uint32) == 0x28),
         ("the software-interrupt flag", probe.at(EXCEPTION_IS_INT, ctypes.c_uint32) == 0),
         ("the last exception", probe.at(OLD_EXCEPTION, ctypes.c_int32) == 13),
-        ("RIP", probe.at(RIP) == _PROBE_PAGE + 4),
+        ("RIP", probe.at(RIP) == PROBE_PAGE + 4),
     ]
     ctypes.c_int32.from_address((probe.context.value or 0) + OLD_EXCEPTION).value = -1
     b.context_restore(probe.engine, probe.context)
@@ -177,7 +182,7 @@ def _observations(probe: Probe) -> list[tuple[str, bool]]:
         b"\xb8\x21\x43\x00\x00\x0f\x23\xc0\x0f\x22\xd0\xcd\x80".ljust(0x80, b"\x90")
         + (0x765).to_bytes(2, "little") + (0xABCDE000).to_bytes(8, "little") + bytes(6)
         + (0x567).to_bytes(2, "little") + (0xBCDEF000).to_bytes(8, "little"),
-        _PROBE_PAGE + 4096,
+        PROBE_PAGE + 4096,
     )
     probe.save()
     gdtr, idtr = SEGMENTS + 8 * SEGMENT_SIZE, SEGMENTS + 9 * SEGMENT_SIZE

@@ -57,6 +57,10 @@ class LoadedImage:
         """Whether ``gpa`` is a byte that came from the image file."""
         return any(0 <= gpa - segment.gpa < len(segment.data) for segment in self.segments)
 
+    def spares(self, gpa: int, size: int) -> bool:
+        """Whether none of the ``size`` bytes at ``gpa`` belongs to a segment."""
+        return all(segment.end <= gpa or segment.gpa >= gpa + size for segment in self.segments)
+
     def code_frames(self) -> tuple[int, ...]:
         """The GPAs of all frames that an executable segment touches, in order."""
         frames: set[int] = set()

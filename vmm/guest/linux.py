@@ -31,21 +31,20 @@ from vmm.guest.files import one_line, read_file
 from vmm.guest.image import ELF_FILE_LIMIT, ELF_MAGIC, LoadedImage, Segment
 from vmm.guest.loader import Guest
 from vmm.guest.manifest import MEMORY_LIMIT, CpuSpec, End, Image, Limits, MachineSpec, Manifest, Policy
+from vmm.guest.pc_boot import HIGH_MEMORY, MIB, advise, check_memory, encode_command_line, memory_map
 from vmm.guest.symbols import Symbols
 
 PAGE: Final = 4096
-MIB: Final = 1 << 20
 #: Bytes of RAM that a kernel gets unless told otherwise.
 DEFAULT_MEMORY: Final = 256 * MIB
+#: What a kernel's accesses to its code cost follows how many there are.
+ADAPTIVE: Final = Policy(reads="adaptive", writes="adaptive")
 
 _GDT: Final = 0x1000
 _ZERO_PAGE: Final = 0x2000
 _COMMAND_LINE: Final = 0x3000
 _TABLES: Final = 0x10000
-_LOW_MEMORY_END: Final = 0x9F000
-_HIGH_MEMORY: Final = MIB
 _IDENTITY_MAPPED: Final = 4
-_USABLE, _RESERVED = 1, 2
 
 _FILE_LIMIT: Final = 256 * MIB
 _SECTOR: Final = 512
@@ -114,9 +113,7 @@ def load_linux(
     with interrupts off, resets the machine, or writes to port 0xf4. With ``apic`` it has a local APIC, an I/O APIC, and
     the ACPI tables that tell of them.
     """
-    if memory % (2 * MIB) or not 0 < memory <= MEMORY_LIMIT:
-        fix = f"give a multiple of 2 MiB up to {MEMORY_LIMIT // MIB}M"
-        raise OptionError(f"{memory:#x} bytes of memory", where="memory", fix=fix)
+    check_memory(memory)
     found = _read_kernel(kernel, memory)
     data = b"" if initrd is None else _read_initrd(initrd)
     writes = [(segment.gpa, segment.data) for segment in found.image.segments if segment.data]
@@ -133,7 +130,7 @@ def load_linux(
         cpu=CpuSpec(found.entry),
         paging=None,
         summary="Linux, entered by the 64-bit boot protocol",
-        policy=policy or Policy(reads="adaptive", writes="adaptive"),
+        policy=policy or ADAPTIVE,
         end=End(halt=True),
         limits=Limits(exits=1 << 62, seconds=seconds),
     )
@@ -144,17 +141,22 @@ def load_linux(
 # The kernel
 
 
+def is_bz_image(head: bytes) -> bool:
+    """Whether a file that starts with ``head`` has the header of the boot protocol."""
+    return head[_MAGIC : _MAGIC + 4] == b"HdrS" and len(head) >= _HEADER_END
+
+
 def _read_kernel(path: Path, memory: int) -> _Kernel:
     data = read_file(path, _FILE_LIMIT, error=ImageError, fix="give the path of a bzImage or a vmlinux")
     if data.startswith(ELF_MAGIC):
         kernel = _vmlinux(path, data, memory)
-    elif data[_MAGIC : _MAGIC + 4] == b"HdrS" and len(data) >= _HEADER_END:
+    elif is_bz_image(data):
         kernel = _bz_image(path, data)
     else:
         raise ImageError("neither a bzImage nor a vmlinux", where=one_line(path), fix="give an x86-64 Linux kernel")
     if kernel.end > memory:
         what = f"the kernel needs memory up to {kernel.end:#x}, and RAM ends at {memory:#x}"
-        raise ImageError(what, where=one_line(path), fix=f"give it --memory {-(-kernel.end // (2 * MIB)) * 2}M or more")
+        raise ImageError(what, where=one_line(path), fix=advise(kernel.end))
     return kernel
 
 
@@ -169,7 +171,7 @@ def _bz_image(path: Path, data: bytes) -> _Kernel:
         raise ImageError("cut off behind its setup", where=one_line(path), fix="copy it again")
     where = _field("<Q", data, _PREFERRED_ADDRESS)
     size = max(_field("<I", data, _INIT_SIZE), len(body))
-    if not _HIGH_MEMORY <= where < MEMORY_LIMIT:
+    if not HIGH_MEMORY <= where < MEMORY_LIMIT:
         what = f"a preferred address of {where:#x}"
         raise ImageError(what, where=one_line(path), fix="give a kernel that runs below 1 GiB")
     zero_page = bytearray(PAGE)
@@ -219,10 +221,10 @@ def _initrd(kernel: _Kernel, data: bytes, memory: int, path: Path | None) -> lis
 
 def _command_line(kernel: _Kernel, text: str) -> list[tuple[int, bytes]]:
     limit = min(_field("<I", kernel.zero_page, _COMMAND_LINE_SIZE) or 255, PAGE - 1)
-    data = text.encode("utf-8", "surrogateescape")
-    if len(data) > limit or b"\0" in data:
-        what = f"a command line of {len(data)} bytes" if len(data) > limit else "a NUL in the command line"
-        raise OptionError(what, where="append", fix=f"give at most {limit} bytes of text")
+    data = encode_command_line(text)
+    if len(data) > limit:
+        fix = f"give at most {limit} bytes of text"
+        raise OptionError(f"a command line of {len(data)} bytes", where="append", fix=fix)
     struct.pack_into("<I", kernel.zero_page, _COMMAND_LINE_POINTER, _COMMAND_LINE)
     return [(_COMMAND_LINE, data + b"\0")]
 
@@ -230,14 +232,10 @@ def _command_line(kernel: _Kernel, text: str) -> list[tuple[int, bytes]]:
 def _fill_zero_page(zero_page: bytearray, memory: int) -> None:
     zero_page[_TYPE_OF_LOADER] = _UNDEFINED_LOADER
     zero_page[_TYPE_OF_LOADER + 1] |= _LOADED_HIGH
-    ranges = (
-        (0, _LOW_MEMORY_END, _USABLE),
-        (_LOW_MEMORY_END, _HIGH_MEMORY - _LOW_MEMORY_END, _RESERVED),
-        (_HIGH_MEMORY, memory - _HIGH_MEMORY, _USABLE),
-    )
-    zero_page[_E820_COUNT] = len(ranges)
-    for index, entry in enumerate(ranges):
-        struct.pack_into("<QQI", zero_page, _E820_TABLE + 20 * index, *entry)
+    areas = memory_map(memory)
+    zero_page[_E820_COUNT] = len(areas)
+    for index, area in enumerate(areas):
+        struct.pack_into("<QQI", zero_page, _E820_TABLE + 20 * index, area.start, area.length, area.type)
 
 
 def _page_tables() -> bytes:

@@ -1,4 +1,4 @@
-"""From what the user typed to a guest: a bundled guest's name, a guest.toml, a folder, a bare ELF64 image."""
+"""From what the user typed to a guest: a bundled guest's name, a guest.toml, a folder, an image without a manifest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 from attrs import frozen
 
 import vmm
-from vmm.errors import ImageError, InputError, ManifestError
+from vmm.errors import ImageError, InputError, ManifestError, OptionError
 from vmm.guest.boot import BootState
 from vmm.guest.fields import PAGE, U64_MAX, is_canonical
 from vmm.guest.files import one_line, read_head, shown
@@ -28,7 +28,10 @@ from vmm.guest.manifest import (
     Policy,
 )
 from vmm.guest.manifest_reader import read_manifest
+from vmm.guest.multiboot_image import SEARCHED, find_header, near_miss
 
+_ACCEPTED: Final = f"give a {MANIFEST_NAME}, a Multiboot image or an ELF64 image"
+_ELF64: Final = ELF_MAGIC + b"\x02"
 _NAMES_COMPARED: Final = 5000
 #: What a bare image gets in RAM: at least the first, and after its end at least the second.
 _BARE_MEMORY: Final = 4 << 20
@@ -67,6 +70,24 @@ class Guest:
 
 
 @frozen(slots=True)
+class BootOptions:
+    """What who boots a kernel gives it; None and no modules: as by default.
+
+    ``append`` is what the command line has besides the kernel's name, ``memory`` the size of RAM in bytes.
+    """
+
+    append: str | None = None
+    memory: int | None = None
+    modules: tuple[Path, ...] = ()
+
+    @property
+    def given(self) -> list[str]:
+        """The command line's options that these come from."""
+        options = {"--append": self.append, "--memory": self.memory, "--module": self.modules or None}
+        return [option for option, value in options.items() if value is not None]
+
+
+@frozen(slots=True)
 class BundledGuest:
     """A guest that comes with the VMM.
 
@@ -81,13 +102,14 @@ class BundledGuest:
     wrong_of: str
 
 
-def load_guest(path: str | Path) -> Guest:
-    """The guest that ``path`` means; raises ManifestError or ImageError.
+def load_guest(path: str | Path, boot: BootOptions | None = None) -> Guest:
+    """The guest that ``path`` means; raises ManifestError or ImageError, and OptionError for ``boot``.
 
     A string without a path separator is the name of a bundled guest if there is one of that name. Otherwise
-    ``path`` is a guest.toml, a folder with one, or an ELF64 image without a manifest. Such an image runs in
-    long mode at CPL 0 with identity-mapped RAM (and its segments at p_vaddr, where that differs from
-    p_paddr), RSP at the end of RAM, and ends with a byte to port 0xf4.
+    ``path`` is a guest.toml, a folder with one, a Multiboot image, or an ELF64 image without a manifest. A Multiboot
+    image is entered as ``vmm.guest.multiboot`` says, ``boot`` is for it alone. Other ELF64 images run in
+    long mode at CPL 0 with identity-mapped RAM (and their segments at p_vaddr, where that differs from
+    p_paddr), RSP at the end of RAM, and end with a byte to port 0xf4.
     """
     bundled = _bundled_folders().get(str(path))
     file = bundled / MANIFEST_NAME if bundled else Path(path)
@@ -95,13 +117,14 @@ def load_guest(path: str | Path) -> Guest:
         file = file / MANIFEST_NAME
     if not _is(file, "exists"):
         raise _not_found(file, str(path))
-    if file.suffix == ".toml":
-        return _from_manifest(read_manifest(file))
-    fix = f"give a {MANIFEST_NAME} or an ELF64 image"
-    if read_head(file, len(ELF_MAGIC), error=ImageError, fix=fix) == ELF_MAGIC:
-        return _from_bare_elf(file)
-    what = f"neither an ELF64 image nor a {MANIFEST_NAME}"
-    raise ImageError(what, where=one_line(file), fix=f"describe the image in a {MANIFEST_NAME}")
+    is_manifest = file.suffix == ".toml"
+    head = b"" if is_manifest else read_head(file, SEARCHED, error=ImageError, fix=_ACCEPTED)
+    if find_header(head) is not None:
+        return _from_multiboot(file, boot or BootOptions())
+    if boot is not None and boot.given:
+        fix = "leave it out: only Multiboot images are given it"
+        raise OptionError(f"{one_line(path)} is no Multiboot image", where=" and ".join(boot.given), fix=fix)
+    return _from_manifest(read_manifest(file)) if is_manifest else _from_bare_image(file, head)
 
 
 def bundled_guests() -> list[BundledGuest]:
@@ -215,6 +238,24 @@ def _reach(manifest: Manifest, linear: int) -> tuple[int | None, Mapping | None]
 def _cpu_error(manifest: Manifest, number: int, key: str, what: str, fix: str) -> ManifestError:
     table = f"[vcpu][{number - 1}]" if number else "[cpu]"
     return ManifestError(what, where=f"{one_line(manifest.path)}: {table}.{key}", fix=fix)
+
+
+def _from_multiboot(path: Path, boot: BootOptions) -> Guest:
+    from vmm.guest.multiboot import DEFAULT_MEMORY, load_multiboot  # noqa: PLC0415 - it makes a Guest, which is here
+
+    memory = DEFAULT_MEMORY if boot.memory is None else boot.memory
+    return load_multiboot(path, modules=boot.modules, command_line=boot.append or "", memory=memory)
+
+
+def _from_bare_image(path: Path, head: bytes) -> Guest:
+    """A guest from a file that starts with ``head`` and is no Multiboot image."""
+    if head.startswith(_ELF64):
+        return _from_bare_elf(path)
+    what = near_miss(head)
+    if what is None:
+        kind = "an ELF file, but " if head.startswith(ELF_MAGIC) else ""
+        what = f"{kind}neither a Multiboot image, nor an ELF64 image, nor a {MANIFEST_NAME}"
+    raise ImageError(what, where=one_line(path), fix=f"{_ACCEPTED}, or describe the image in a {MANIFEST_NAME}")
 
 
 def _from_bare_elf(path: Path) -> Guest:

@@ -239,6 +239,11 @@ class Manifest:
     hidden: tuple[HiddenSpec, ...] = ()
 
     @property
+    def is_file(self) -> bool:
+        """Whether it is a guest.toml, and not what an image without one is given."""
+        return self.path != self.image.file
+
+    @property
     def has_page_tables(self) -> bool:
         """Whether the guest starts with paging on."""
         return has_page_tables(self.machine, self.paging)

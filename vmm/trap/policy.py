@@ -8,7 +8,7 @@ fetch from a window     what changed is journaled as a diff; the frame becomes c
 store to code           one instruction is stepped (``step``), or the frame becomes a window (``window``),
                         or steps first and a window once it is hot (``adaptive``)
 read of code            one instruction is stepped, or the frame becomes R-X (``grant``),
-                        or steps first and R-X once it is hot (``adaptive``)
+                        or steps first and R-X once it is read often (``adaptive``)
 store to sealed         #GP(0), the bytes stay
 page walk in code       the frame becomes R-X; accessed and dirty flags go through the door
 ======================  ==============================================================================
@@ -47,9 +47,10 @@ from vmm.trap.virtualization import VIRTUALIZATION_EXCEPTION, VirtualizationExce
 if TYPE_CHECKING:
     from vmm.monitors.watcher import Watcher
 
-#: Trapped writes to one frame after which the adaptive policy opens a window, and trapped reads after which it grants
-#: reads.
+#: Trapped writes to one frame after which the adaptive policy opens a window.
 HOT_FRAME: Final = 16
+#: Trapped reads of one after which it grants reads: fewer, since a read says less.
+READ_OFTEN: Final = 4
 
 _ALLOWED: Final = PERMISSION_MASK | USER_EXECUTE
 _READS: Final = ("step", "grant", "adaptive")
@@ -200,8 +201,8 @@ class Trap:
             return False
         frame = self.frames.at(host)
         if violation.access == READ:
-            hot = frame.reads >= HOT_FRAME
-            return self.policy.reads == "step" or (self.policy.reads == "adaptive" and not hot)
+            often = frame.reads >= READ_OFTEN
+            return self.policy.reads == "step" or (self.policy.reads == "adaptive" and not often)
         return frame.state is not FrameState.CODE or not self._wants_window(frame)
 
     def _admit(self, violation: Violation) -> Event | Stop | None:
