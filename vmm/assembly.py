@@ -23,7 +23,7 @@ from vmm.guest.manifest import WorkpieceSpec
 from vmm.host_memory import HostMemory
 from vmm.host_monitors import HostMonitors
 from vmm.host_views import HostViews
-from vmm.inputs import Inputs
+from vmm.inputs import Inputs, Place
 from vmm.instruction_exits import InstructionExits
 from vmm.linear import GuestLinearMemory
 from vmm.memory import PAGE, GuestMemory
@@ -241,12 +241,14 @@ class Assembly:
         pc = Pc(
             self.reporter,
             countdown,
-            self.console.emit,
-            lambda: self.state.finish("reset", {}),
+            self.inputs,
+            send=self.console.emit,
+            reset=lambda: self.state.finish("reset", {}),
             nmi=processor.raise_nmi if apic else None,
         )
         processor.board = pc
         self.exits[0].clock, self.exits[0].features = pc.now, partial(pc_cpuid, apic_clock=CLOCK if apic else 0)
+        self.exits[0].answered = pc.exit_answered
         self._attach_memory(pc, processor)
         return pc
 
@@ -342,8 +344,10 @@ class Assembly:
                 vcpu.free.ask_to_stop()
 
     def _print(self, data: bytes) -> None:
-        for printer in self.printers:
-            printer(data)
+        if self.printers:
+            with self.inputs.at(Place.OUTPUT):
+                for printer in self.printers:
+                    printer(data)
 
     @property
     def keeps_wx(self) -> bool:

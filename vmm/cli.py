@@ -263,12 +263,19 @@ def walk(target: str, gpa: str, access: str, profile: str | None, *, as_json: bo
 @main.command()
 @click.argument("trace")
 @click.option("--guest", metavar="TARGET", help="The guest, if it is not where it was when the trace was made.")
+@click.option(
+    "--module",
+    "modules",
+    metavar="FILE",
+    multiple=True,
+    help="The same for what was loaded besides its image, an initrd. Once for each, in order.",
+)
 @click.option("--trace", "new_trace", metavar="FILE", help="Write the trace of the replay; - is standard output.")
 @click.option("--state", metavar="FILE", help="Write the final state as JSON; - is standard output.")
 @click.option("--seconds", type=float, metavar="S", help="Time limit instead of the manifest's.")
 @_color
 def replay(trace: str, *, new_trace: str | None, **options: Any) -> int:  # noqa: ANN401 - click's values
-    """Run again what TRACE, which `vmm run --trace` wrote, is the trace of, and compare.
+    """Run again what TRACE, which `vmm run --trace` or `vmm boot --trace` wrote, is the trace of, and compare.
 
     The guest is given the inputs that are recorded in the trace, and nothing else from outside.
 

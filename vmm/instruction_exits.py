@@ -40,6 +40,8 @@ class InstructionExits:
         self.features: Callable[[int, int, int], CpuidAnswer | None] | None = None
         #: Virtual time, in ticks of the time-stamp counter.
         self.clock: Callable[[], int] = lambda: reporter.total * TICKS_PER_EXIT
+        #: Told of each exit that is answered in the middle of a block, by a board whose time goes on with it.
+        self.answered: Callable[[], None] | None = None
         self._reporter = reporter
 
     @property
@@ -58,6 +60,7 @@ class InstructionExits:
             self.override = None
             self._report(engine, port, size, value, "in")
             value = self._answer(value) & (1 << 8 * size) - 1
+        self._pass(exact=exact)
         return value
 
     def _answer(self, value: int) -> int:
@@ -71,6 +74,7 @@ class InstructionExits:
         self._reporter.count(ExitReason.IO_INSTRUCTION)
         if not (self._reporter.observed and self._report(engine, port, size, value, "out")):
             self.bus.write(port, size, value)
+        self._pass(exact=exact)
         return True
 
     def cpuid(self, engine: Engine, leaf: int, subleaf: int, *, exact: bool) -> CpuidAnswer | bool:
@@ -80,6 +84,7 @@ class InstructionExits:
         self._reporter.count(ExitReason.CPUID)
         if self._reporter.observed:
             self._consult(Cpuid(rip=engine.pc, leaf=leaf, subleaf=subleaf))
+        self._pass(exact=exact)
         if self.features is None:
             return True
         _, _, cr4, _, _ = engine.live.control()
@@ -95,7 +100,12 @@ class InstructionExits:
         if self._reporter.observed:
             kind = Rdtscp if with_processor_id else Rdtsc
             self._consult(kind(rip=engine.pc, value=now))
+        self._pass(exact=exact)
         return now
+
+    def _pass(self, *, exact: bool) -> None:
+        if self.answered is not None and not exact:
+            self.answered()
 
     def _report(self, engine: Engine, port: int, size: int, value: int, direction: str) -> bool:
         pc = engine.pc

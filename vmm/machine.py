@@ -154,6 +154,15 @@ class Machine:
         """Have what the guest prints handed to ``printer``, piece by piece."""
         self._parts.printers.append(printer)
 
+    def type_in(self, data: bytes) -> int:
+        """Have the first serial port of a PC receive ``data``, as from somebody at its console.
+
+        How many bytes it takes: up to 1 MiB may be waiting for the guest. Raises ``OptionError`` where there is none.
+        """
+        if self.pc is None:
+            raise OptionError("no serial port", where="type_in", fix="use a guest that is a PC, as `vmm boot` has it")
+        return self.pc.receive(data)
+
     def inject(self, event: Event) -> None:
         """Deliver an event at the next VM entry of the vCPU at work, whatever its interrupt flag (event injection)."""
         self.inputs.note(Inject(event))

@@ -16,7 +16,6 @@ to the first boundary at which it does.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -41,7 +40,8 @@ from vmm.devices import (
     system_control,
     uart,
 )
-from vmm.devices.virtual_time import NANOSECONDS, Timers
+from vmm.devices.virtual_time import Timers
+from vmm.inputs import Inputs, Place, Serial
 from vmm.instruction_exits import TICKS_PER_EXIT
 from vmm.pc_interrupts import PcInterrupts
 from vmm.reporter import Reporter
@@ -51,41 +51,48 @@ TICKS_PER_BLOCK: Final = 4
 #: Blocks after which the engine comes out in any case, so that who wants to end the run is heard: some 50 ms.
 SLICE: Final = 1 << 21
 
-_NEVER: Final = float("inf")
 _TIMER_IRQ, _COM1_IRQ, _CLOCK_IRQ = 0, 4, 8
 
 
 class Outside(Protocol):
-    """Somebody at the console who lives in the host's time."""
+    """Somebody at the console who has a time of his own: the host's, or that of a recording."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something has come from there already."""
 
     def poll(self) -> bytes:
         """What has come from there since the last call."""
 
-    def wait(self, seconds: float) -> None:
-        """Wait until something comes, at most so long; less is allowed."""
+    def sleep(self, nanoseconds: int | None) -> int | None:
+        """The processor is halted, and the next alarm is due so much later (None: none is): how long it sleeps.
+
+        No longer than that; less if something comes before. None if nothing ever will.
+        """
 
 
 class Pc:
     """Implements ``vmm.board.Board``.
 
-    With somebody ``outside``, runs do not repeat: what is typed there comes when it comes, and a halted processor
-    waits for as long as its devices say. ``send`` gets what the guest sends over COM1, ``reset`` is called when it
-    resets the machine. A PC with ``nmi``, which is called for an NMI, has APICs, and ACPI to tell of them.
+    With somebody ``outside``, what is typed there comes when it comes, at an instruction boundary, and a halted
+    processor waits for as long as its devices say. ``send`` gets what the guest sends over COM1, ``reset`` is called
+    when it resets the machine, ``inputs`` is told of what comes from outside. A PC with ``nmi``, which is called for an
+    NMI, has APICs, and ACPI to tell of them.
     """
 
     def __init__(
         self,
         reporter: Reporter,
         countdown: Countdown,
+        inputs: Inputs,
+        *,
         send: Callable[[bytes], None],
         reset: Callable[[], None],
-        *,
         nmi: Callable[[], None] | None = None,
     ) -> None:
         self._reporter = reporter
         self._countdown = countdown
         self._skipped = 0
-        self._due: float = _NEVER
         self.timers: Final = Timers(self.arm)
         self.interrupts: Final = PcInterrupts(self.now, self.timers, countdown.interrupt, nmi)
         self._source: Final = self.interrupts.source
@@ -95,6 +102,8 @@ class Pc:
         self.com1: Final = SerialPort(send, line(_COM1_IRQ))
         self.power: Final = None if nmi is None else AcpiPowerManagement(self.now, self.timers, line(acpi_pm.IRQ))
         self._reset = reset
+        self._inputs = inputs
+        inputs.clock = self.now
         self.outside: Outside | None = None
 
     def attach(self, bus: PortBus) -> None:
@@ -123,17 +132,14 @@ class Pc:
             self.interrupts.apics.attach(bus)
 
     def now(self) -> int:
-        """Virtual time, in nanoseconds since the start.
-
-        Exits that are answered within a block take time that the countdown does not see. So whoever looks at a clock
-        when an alarm is due has the engine come out: a guest that spins until its timer has interrupted will end.
-        """
+        """Virtual time, in nanoseconds since the start."""
         executed = self._countdown.entered * TICKS_PER_BLOCK
-        time = self._reporter.total * TICKS_PER_EXIT + executed + self._skipped
-        if time >= self._due:
-            self._due = _NEVER
-            self.come_out()
-        return time
+        return self._reporter.total * TICKS_PER_EXIT + executed + self._skipped
+
+    def receive(self, data: bytes) -> int:
+        """COM1 receives something: how many bytes of it are taken (see ``uart.BACKLOG``)."""
+        self._inputs.note(Serial(data))
+        return self.com1.receive(data)
 
     # vmm.board.Board
 
@@ -148,8 +154,11 @@ class Pc:
 
     def settle(self) -> None:
         """Let the alarms go off that are due, and in what comes from outside."""
-        if self.outside is not None and (typed := self.outside.poll()):
-            self.com1.receive(typed)
+        if self.outside is not None:
+            with self._inputs.at(Place.BOUNDARY):
+                typed = self.outside.poll()
+                if typed:
+                    self.receive(typed)
         self.timers.advance(self.now())
 
     def arm(self) -> None:
@@ -158,7 +167,6 @@ class Pc:
             self._countdown.interrupt()
             return
         when = self.timers.next
-        self._due = _NEVER if when is None else when
         blocks = SLICE if when is None else min(SLICE, (when - self.now()) // TICKS_PER_BLOCK + 1)
         self._countdown.begin(blocks, waits=False)
 
@@ -169,26 +177,20 @@ class Pc:
     def sleep(self) -> bool:
         """Go on to the next alarm, or to what comes from outside."""
         when = self.timers.next
-        if self.outside is not None:
-            self._wait(self.outside, None if when is None else when - self.now())
-        elif when is None:
+        rest = None if when is None else max(0, when - self.now())
+        slept = rest if self.outside is None else self.outside.sleep(rest)
+        if slept is None:
             return False
-        else:
-            self._skipped += max(0, when - self.now())
+        self._skipped += slept
         self.settle()
         return True
 
-    def _wait(self, outside: Outside, nanoseconds: int | None) -> None:
-        """Let as much virtual time pass as the host waits."""
-        start = time.monotonic_ns()
-        longest = NANOSECONDS if nanoseconds is None else nanoseconds
-        if longest > 0:
-            outside.wait(longest / NANOSECONDS)
-        self._skipped += max(0, min(time.monotonic_ns() - start, longest))
-
-    def knock(self) -> None:
-        """Something has come from outside: have the engine stop soon. From any thread; no run repeats after that."""
-        self._countdown.hurry()
+    def exit_answered(self) -> None:
+        """An exit was answered in the middle of a block: that took time, so something may be due at the next one."""
+        when = self.timers.next
+        is_late = when is not None and when <= self.now()
+        if is_late or (self.outside is not None and self.outside.waiting):
+            self.come_out()
 
     def come_out(self) -> None:
         """Have the engine stop before the next block; for callbacks of the engine."""

@@ -118,6 +118,8 @@ class Processor:
         while not (state.is_over or self.halted or pace.is_over):
             if self.board is not None:
                 self.board.settle()
+                if state.ending is not None:  # somebody outside has ended the run here: nothing more is delivered
+                    break
             if self.monitor_trap.watches():
                 self._monitored()
                 continue

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 import attrs
-from attrs import evolve, frozen
+from attrs import evolve
 
-from vmm.cpu.events import Event
 from vmm.errors import InputError, OptionError
-from vmm.exits import Exit, Record
+from vmm.exits import Record
+from vmm.guest import linux, multiboot
 from vmm.guest.ept import ept_from
+from vmm.guest.files import one_line, shown
+from vmm.guest.loader import load_guest
 from vmm.guest.manifest_reader import policy_from
-from vmm.inputs import Decision, Input, PortRead, parse
 from vmm.machine import Machine, RunOptions
+from vmm.player import RECORD_AGAIN, Player
 from vmm.recording import digests, record
-from vmm.reporter import REPLACEABLE
 from vmm.trace.comparison import Comparison
-from vmm.trace.header import Header
+from vmm.trace.header import Header, RecordedBoot
 from vmm.trace.reading import BETWEEN, TraceLine, TraceReader
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from vmm.trace.sink import Output
     from vmm.trace.whole import WholeTrace
 
-_RECORD_AGAIN: Final = "record the run again with `vmm run --trace`"
+_HEADER: Final = "the trace's header"
 
 
 def header_of(trace: WholeTrace) -> Header:
@@ -37,24 +38,73 @@ def header_of(trace: WholeTrace) -> Header:
     try:
         return Header.parse(trace.header)
     except ValueError as problem:
-        raise InputError(f"the header has {problem}", where=f"{trace.path}:1", fix=_RECORD_AGAIN) from None
+        raise InputError(f"the header has {problem}", where=f"{trace.path}:1", fix=RECORD_AGAIN) from None
+
+
+def guest_of(header: Header, target: str | None = None, modules: Sequence[str] = ()) -> Guest:
+    """The guest that a trace was made with; raises ``InputError``.
+
+    ``target`` and ``modules`` say where its image, and the files that were loaded besides it, are now; None and no
+    modules: where they were.
+    """
+    target = header.target if target is None else target
+    if header.boot is None:
+        if modules:
+            fix = "leave it out"
+            raise OptionError(f"{one_line(header.guest)} was loaded without modules", where="--module", fix=fix)
+        return load_guest(target)
+    files = tuple(map(Path, modules or header.boot.files))
+    if len(files) != len(header.boot.modules):
+        fix = f"give each of the {len(header.boot.modules)} that were loaded, in order"
+        raise OptionError(f"{len(files)} modules", where="--module", fix=fix)
+    try:
+        return _load(Path(target), files, header, header.boot)
+    except OptionError as problem:
+        raise InputError(problem.what, where=_HEADER, fix=RECORD_AGAIN) from None
+
+
+def _load(image: Path, modules: tuple[Path, ...], header: Header, boot: RecordedBoot) -> Guest:
+    text, memory, seconds = boot.command_line, header.memory, float("inf")
+    if boot.protocol == linux.PROTOCOL and len(modules) <= 1:
+        initrd = modules[0] if modules else None
+        return linux.load_linux(
+            image, initrd=initrd, command_line=text, memory=memory, seconds=seconds, apic=boot.apic
+        )
+    if boot.protocol == multiboot.PROTOCOL and boot.names:
+        return multiboot.load_multiboot(
+            image,
+            modules=modules,
+            command_line=text,
+            memory=memory,
+            seconds=seconds,
+            names=boot.names,
+            apic=boot.apic,
+        )
+    what = f"loaded by {shown(boot.protocol)} with {len(modules)} modules, which this VMM does not know"
+    raise InputError(what, where=_HEADER, fix=RECORD_AGAIN)
 
 
 def check_guest(trace: WholeTrace, header: Header, guest: Guest) -> None:
     """Raise ``InputError`` unless this is the guest that the trace was made with."""
-    found = dict(zip(("image", "manifest"), digests(guest), strict=True))
-    for name, wanted in (("image", header.image), ("manifest", header.manifest)):
-        if found[name] != wanted:
-            has, wants = (f"SHA-256 {digest}" if digest else "none" for digest in (found[name], wanted))
-            what = f"recorded with the {name} {wants}, and that of {guest.name} is {has}"
-            raise InputError(what, where=str(trace.path), fix=f"give --guest with that {name}")
+    found = digests(guest)
+    pairs = [("image", "--guest", found.image, header.image), ("manifest", "--guest", found.manifest, header.manifest)]
+    if guest.protocol is not None and header.boot is not None:
+        files = zip(guest.protocol.modules, found.modules, header.boot.modules, strict=True)
+        pairs += [(f"file {one_line(path.name)}", "--module", has, wants) for path, has, wants in files]
+    for name, option, has, wants in pairs:
+        if has != wants:
+            have, want = (f"SHA-256 {digest}" if digest else "none" for digest in (has, wants))
+            what = f"recorded with the {name} {want}, and that of {guest.name} is {have}"
+            raise InputError(what, where=str(trace.path), fix=f"give {option} with that {name}")
 
 
 def machine_for(header: Header, guest: Guest, *, seconds: float | None = None) -> Machine:
     """A machine like the one that the trace was made with; raises ``InputError`` for what no machine has."""
     manifest = guest.manifest
+    if header.manifest is None:
+        manifest = evolve(manifest, name=header.guest)  # it is called after its file, which may have been renamed
     if dict(header.policy) != attrs.asdict(manifest.policy):
-        manifest = evolve(manifest, policy=policy_from(dict(header.policy), manifest, "the trace's header"))
+        manifest = evolve(manifest, policy=policy_from(dict(header.policy), manifest, _HEADER))
     # What devices say comes from the trace; the files that they would say it from may be gone.
     options = RunOptions(
         input=None if manifest.input is None else b"",
@@ -65,7 +115,7 @@ def machine_for(header: Header, guest: Guest, *, seconds: float | None = None) -
         capacity=header.capacity,
         seed=header.seed,
         seconds=seconds,
-        ept=ept_from(dict(header.ept), "the trace's header"),
+        ept=ept_from(dict(header.ept), _HEADER),
     )
     machine = Machine(evolve(guest, manifest=manifest), options)
     for port in header.exact_ports:
@@ -103,7 +153,8 @@ class Replay:
         self._player = Player(trace.path, machine)
         self._recorded = self._lines()
         self._at = 0
-        self._sink = record(machine, self, target=header.target, batch=1)
+        files = None if header.boot is None else header.boot.files
+        self._sink = record(machine, self, target=header.target, modules=files, batch=1)
         self._player.attach(acts=header.interactive)
         machine.observe(self._look)
 
@@ -153,92 +204,3 @@ class Replay:
         """End the run, even where nobody may act on the guest and its exits are answered in the middle of a block."""
         self._machine.stop()
         self._machine.state.stop_engines()
-
-
-@frozen(slots=True)
-class _Due:
-    """An input of the trace with its place."""
-
-    at: int
-    seq: int
-    depth: int
-    given: Input
-
-
-class Player:
-    """Gives a machine the inputs of a trace: each at the record that it came after, in order.
-
-    What the machine does not ask for, or asks for at another place, is left; the comparison of the traces shows it.
-    """
-
-    def __init__(self, path: Path, machine: Machine) -> None:
-        self._machine = machine
-        self._reader = TraceReader(path)
-        self._inputs = self._read()
-        self._next = next(self._inputs, None)
-        #: Records so far, and how many inputs are being carried out around the one that is next.
-        self._count = 0
-        self._depth = 0
-
-    def attach(self, *, acts: bool) -> None:
-        """Take part in the machine's run; ``acts`` as for ``Machine.observe``."""
-        self._machine.inputs.source = self._answer
-        self._machine.observe(self._see, acts=acts)
-        if acts:
-            for kind in Exit.__subclasses__():
-                self._machine.on(kind)(self._decide)
-
-    def close(self) -> None:
-        """Close the trace."""
-        self._reader.close()
-
-    def perform(self) -> None:
-        """Do what was done at this place."""
-        while (due := self._due()) is not None and not isinstance(due.given, PortRead | Decision):
-            self._advance()
-            self._depth += 1
-            try:
-                due.given.apply(self._machine)
-            except OptionError as problem:
-                raise self._impossible(due, problem.what) from None
-            finally:
-                self._depth -= 1
-
-    def _see(self, _record: Record) -> None:
-        self._count += 1
-        self.perform()
-
-    def _decide(self, record: Exit) -> Event | bool | None:
-        due = self._due()
-        if due is None or not isinstance(due.given, Decision):
-            return None
-        self._advance()
-        if due.given.event is None:
-            return True
-        if not isinstance(record, REPLACEABLE):
-            raise self._impossible(due, f"an event in place of {record.reason.name}")
-        return due.given.event
-
-    def _answer(self, port: int, size: int) -> int | None:
-        due = self._due()
-        if due is None or not isinstance(due.given, PortRead) or (due.given.port, due.given.size) != (port, size):
-            return None
-        self._advance()
-        return due.given.value
-
-    def _due(self) -> _Due | None:
-        due = self._next
-        return due if due is not None and (due.seq, due.depth) == (self._count, self._depth) else None
-
-    def _advance(self) -> None:
-        self._next = next(self._inputs, None)
-
-    def _read(self) -> Iterator[_Due]:
-        for line in self._reader.lines():
-            if line.kind == "input":
-                depth = line.object.get("depth", 0)
-                yield _Due(line.at, line.seq, depth if type(depth) is int else -1, parse(line.object))
-
-    def _impossible(self, due: _Due, what: str) -> InputError:
-        where = f"{self._reader.name}:{due.at}"
-        return InputError(f"an input that no run could have: {what}", where=where, fix=_RECORD_AGAIN)

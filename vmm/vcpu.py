@@ -164,8 +164,10 @@ class VirtualCpu:
     def _mend_flags(self) -> None:
         """Undo what a refused SETcc did to the flags (quirk "early-flags")."""
         context = self.context
+        if not context.flags_may_be_computed:
+            return
         code = self.instruction.code
-        if not (is_conditional_store(code) and context.flags_may_be_computed):
+        if not is_conditional_store(code):
             return
         if computes_flags(code, context.flag_operation, self._block_so_far(), context.code_bits):
             context.recover_flags()

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import select
 import signal
-import subprocess
-import sys
-import time
 
 import pc_guests
 import pytest
 from pc_guests import MASTER, prologue
+from terminals import Session
 from test_cli_process import wait_until_it_runs
 
 from vmm.guest.linux import load_linux
@@ -170,34 +165,6 @@ def test_a_signal_ends_a_boot_at_a_boundary_and_leaves_whole_files(process, tmp_
     _, complaint = child.communicate(timeout=20)
     assert (child.returncode, b"interrupted" in complaint) == (130, True)
     assert json.loads((out / "trace").read_text().splitlines()[-1])["reason"] == "interrupted"
-
-
-class Session:
-    """``vmm boot`` on a terminal of its own."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.master, slave = pty.openpty()
-        command = [sys.executable, "-m", "vmm", "boot", *arguments]
-        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, close_fds=True)
-        os.close(slave)
-        self.output = b""
-
-    def expect(self, text: bytes) -> None:
-        end = time.monotonic() + 60
-        while text not in self.output:
-            ready, _, _ = select.select([self.master], [], [], max(0, end - time.monotonic()))
-            assert ready, f"{text!r} is not in {self.output!r}"
-            self.output += os.read(self.master, 4096)
-
-    def type(self, text: bytes) -> None:
-        os.write(self.master, text)
-
-    def close(self) -> int:
-        try:
-            return self.process.wait(60)
-        finally:
-            self.process.kill()
-            os.close(self.master)
 
 
 #: Sleeps until a character comes, and gives it back in upper case.

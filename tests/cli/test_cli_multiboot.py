@@ -43,6 +43,27 @@ def test_runs_repeat_to_the_byte(vmm, image, typed, tmp_path):
     assert traces[0].read_bytes() == traces[1].read_bytes()
 
 
+@pytest.mark.parametrize("command", ["run", "boot"])
+def test_a_recorded_run_comes_again(vmm, image, typed, tmp_path, command):
+    """Under the policy of the command that it was recorded with, with its modules, and whatever they are called now."""
+    trace, module = tmp_path / "trace", tmp_path / "module"
+    module.write_bytes(b"data")
+    files = (image, "--module", module) if command == "run" else ("--kernel", image, "--initrd", module)
+    options = ("--append", "x", "--memory", "4M", "--input", typed, "--seconds", "60")
+    prompt = ("--prompt", "x") if command == "boot" else ()
+    assert vmm(command, "-q", *files, *options, *prompt, "--trace", trace).exit_code == 0
+    typed.unlink()
+    result = vmm("replay", trace)
+    assert "byte-identical" in result.output, result.stderr
+    moved = image.rename(tmp_path / "kernel"), module.rename(tmp_path / "other")
+    assert vmm("replay", trace).exit_code == 2
+    result = vmm("replay", trace, "--guest", moved[0], "--module", moved[1])
+    assert "byte-identical" in result.output, result.stderr
+    moved[1].write_bytes(b"DATA")
+    result = vmm("replay", trace, "--guest", moved[0], "--module", moved[1])
+    assert (result.exit_code, "recorded with the file other SHA-256" in result.stderr) == (2, True)
+
+
 def test_a_state_and_a_script_are_as_for_any_guest(vmm, image, typed, tmp_path):
     script, state = tmp_path / "echo.script", tmp_path / "state"
     lines = ("exit IO_INSTRUCTION port=0x3f8 value=0x48", 'console contains "HELLO"', "end port value=0")

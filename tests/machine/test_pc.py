@@ -11,6 +11,7 @@ from pc_guests import DATA, END, EOI, MASTER, SLAVE, prologue, timer
 from vmm.cpu import countdown
 from vmm.devices.pit import time_of
 from vmm.exits import ExternalInterrupt, Hlt, IoInstruction
+from vmm.instruction_exits import TICKS_PER_EXIT
 from vmm.machine import RunOptions
 from vmm.pc import TICKS_PER_BLOCK
 
@@ -46,6 +47,18 @@ def test_interrupts_of_a_timer_are_a_period_apart_in_virtual_time(tmp_path):
     # Delivered at a block's start, and the handler's RDTSC is an exit of its own after that of the interrupt.
     apart = [after - before for before, after in pairwise(seen)][1:]  # the first one fetches the handler first
     assert all(abs(time - time_of(PERIOD)) <= 20 * TICKS_PER_BLOCK for time in apart)
+
+
+@pytest.mark.parametrize("asks", ["in al, 0x61", "rdtsc", "xor eax, eax; cpuid", "out 0x80, al"])
+def test_exits_that_are_answered_within_a_block_take_time_that_interrupts_do_not_wait_for(tmp_path, asks):
+    source = f"""
+        {prologue(MASTER)} {timer(PERIOD)} xor r15d, r15d; sti; spin: {asks}; cmp r15d, 5; jb spin; cli; {END}
+        handler: inc r15d; push rax; {EOI} pop rax; iretq"""
+    made = pc_guests.build(tmp_path, source)
+    made.run()
+    assert len(made.of(ExternalInterrupt)) == 5
+    exits = sum(hasattr(record, "reason") for record in made.records)
+    assert exits < 5 * time_of(PERIOD) / TICKS_PER_EXIT + 100
 
 
 @WAYS

@@ -12,7 +12,7 @@ from vmm.cli import main
 from vmm.guest.loader import load_guest
 from vmm.machine import Machine, RunOptions
 from vmm.recording import record
-from vmm.replay import Replay, check_guest, header_of, machine_for
+from vmm.replay import Replay, check_guest, guest_of, header_of, machine_for
 from vmm.trace.whole import WholeTrace
 
 INPUT, LEFT, CLOCK = 0xE0, 0xE1, 0xE4
@@ -84,7 +84,7 @@ def replayed(path: Path):
     """Replay a trace: the new one, and the first difference."""
     trace = WholeTrace.read(path)
     header = header_of(trace)
-    found = load_guest(header.target)
+    found = guest_of(header)
     check_guest(trace, header, found)
     output = io.BytesIO()
     with machine_for(header, found) as machine, Replay(trace, header, machine, output) as replay:

@@ -12,7 +12,7 @@ from recorded import CLOCK, INPUT, LEFT, guest, recorded, replayed, vmm
 from vmm.coherence import Coherence
 from vmm.cpu.events import Event, EventType, Vector
 from vmm.ept import Capabilities, EptProfile, Permission
-from vmm.exits import Cpuid, EptViolation, ExceptionExit, FrameEvent, Hlt, Vmcall
+from vmm.exits import Cpuid, EptViolation, ExceptionExit, FrameEvent, Hlt, Modification, Vmcall
 from vmm.guest.loader import bundled_guests, load_guest
 from vmm.machine import RunOptions
 from vmm.replay import header_of, machine_for
@@ -451,6 +451,26 @@ class TestDevices:
         result = vmm("run", "-q", "alias-patch", "--input", "-", given=b"four")
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
         assert "more than 0x3 bytes" in result.stderr
+
+
+def test_what_is_done_when_the_guest_prints_is_done_again_there(tmp_path):
+    """Behind the line that it printed, and with what it causes in front of the next record."""
+    source = "mov al, 10; out 0xe9, al\nout 0xe9, al\nmov al, [0x12000]\nout 0xf4, al"
+    manifest = guest(tmp_path / "g", source) / "guest.toml"
+    manifest.write_text(manifest.read_text() + "[console]\nport = 0xe9\n")
+
+    def act(machine):
+        def answer(record):
+            if isinstance(record, Modification) and record.gpa == 0x12000:
+                machine.write(0x12001, b"x")
+
+        machine.on_output(lambda _data: machine.write(0x12000, bytes([machine.reporter.total])))
+        machine.observe(answer, acts=True)
+
+    trace = recorded(tmp_path / "t", manifest, prepare=act)
+    assert inputs(trace) == [("write", 1), ("write", 2), ("write", 4), ("write", 5)]
+    assert [b'"at": "output"' in line for line in trace.splitlines() if b'"input"' in line] == [True, False] * 2
+    assert_comes_again(tmp_path / "t", trace)
 
 
 def test_an_unattached_port_is_no_input(tmp_path):

@@ -13,9 +13,8 @@ from vmm.commands.run import SIGNALLED, run_to_end
 from vmm.commands.screen import Screen, standard_error, standard_output
 from vmm.errors import InputError
 from vmm.guest.files import one_line
-from vmm.guest.loader import load_guest
 from vmm.outcome import Status
-from vmm.replay import Replay, check_guest, header_of, machine_for
+from vmm.replay import Replay, check_guest, guest_of, header_of, machine_for
 from vmm.state_file import encode, state_of
 from vmm.trace.painter import Style
 from vmm.trace.whole import WholeTrace
@@ -40,6 +39,7 @@ class ReplayRequest:
 
     recording: str
     guest: str | None = None
+    modules: tuple[str, ...] = ()
     trace: str | None = None
     state: str | None = None
     seconds: float | None = None
@@ -50,7 +50,7 @@ def replay(request: ReplayRequest) -> int:
     """Replay a trace; the exit status. Raises ``InputError`` for one that cannot be replayed to its end."""
     recording = WholeTrace.read(request.recording)
     header = header_of(recording)
-    guest = load_guest(header.target if request.guest is None else request.guest)
+    guest = guest_of(header, request.guest, request.modules)
     check_guest(recording, header, guest)
     with Interruption() as interruption, Outputs(_inputs(guest, recording)) as outputs:
         trace = outputs.add("--trace", request.trace)
@@ -118,4 +118,5 @@ class _Replay:
 def _inputs(guest: Guest, recording: WholeTrace) -> list[Path]:
     manifest = guest.manifest
     given = [recording.path, manifest.path, manifest.image.file, manifest.image.symbols]
-    return [path for path in given if path is not None]
+    modules = () if guest.protocol is None else guest.protocol.modules
+    return [*modules, *(path for path in given if path is not None)]

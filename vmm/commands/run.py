@@ -121,8 +121,7 @@ def _typing(name: str) -> Callable[[Machine], None]:
     data = read_input(name) or b""
 
     def type_it(machine: Machine) -> None:
-        assert machine.pc is not None
-        if machine.pc.com1.receive(data) < len(data):
+        if machine.type_in(data) < len(data):
             raise OptionError(f"more than {BACKLOG:#x} bytes", where="--input", fix="give less")
 
     return type_it

@@ -11,12 +11,13 @@ import os
 import queue
 import sys
 import threading
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TextIO
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from vmm.devices.virtual_time import NANOSECONDS
 
+if TYPE_CHECKING:
     from vmm.machine import Machine
 
 _ESCAPE: Final = 0x01
@@ -43,7 +44,6 @@ class Terminal:
         self._escaped = False
         self._leave = threading.Event()
         self._machine: Machine
-        self._knock: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
         import termios  # noqa: PLC0415 - there is none where nobody can be interactive
@@ -65,9 +65,14 @@ class Terminal:
         """Be the console of a PC."""
         assert machine.pc is not None
         machine.pc.outside = self
-        self._machine, self._knock = machine, machine.pc.knock
+        self._machine = machine
 
     # vmm.pc.Outside
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something has been typed, or Ctrl-A x."""
+        return bool(self._held) or not self._typed.empty() or self._leave.is_set()
 
     def poll(self) -> bytes:
         """What has been typed; Ctrl-A x ends the run here, where the guest is at a boundary."""
@@ -79,10 +84,14 @@ class Terminal:
         except queue.Empty:
             return typed
 
-    def wait(self, seconds: float) -> None:
-        """Wait until something is typed, or for so long, at most a moment."""
-        with contextlib.suppress(queue.Empty):
-            self._held += self._typed.get(timeout=min(seconds, _PATIENCE))
+    def sleep(self, nanoseconds: int | None) -> int:
+        """Wait until something is typed, or for so long, at most a moment: as long as it took."""
+        start = time.monotonic_ns()
+        longest = NANOSECONDS if nanoseconds is None else nanoseconds
+        if longest:
+            with contextlib.suppress(queue.Empty):
+                self._held += self._typed.get(timeout=min(longest / NANOSECONDS, _PATIENCE))
+        return min(time.monotonic_ns() - start, longest)
 
     def _listen(self) -> None:
         while data := os.read(self._file, _PIECE):
@@ -91,9 +100,7 @@ class Terminal:
                 break
             if plain:
                 self._typed.put(plain)
-                self._knock()
         self._leave.set()
-        self._knock()
 
     def _without_escapes(self, data: bytes) -> bytes:
         plain = bytearray()

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from vmm.devices import SerialPort
     from vmm.machine import Machine
 
 
@@ -22,12 +21,10 @@ class Typist:
         self._prompt: Final = prompt
         self._seen = b""
         self._machine: Machine
-        self._port: SerialPort
 
     def connect(self, machine: Machine) -> None:
         """Sit down at the first serial port of a PC."""
-        assert machine.pc is not None
-        self._machine, self._port = machine, machine.pc.com1
+        self._machine = machine
         machine.on_output(self._read)
 
     def _read(self, data: bytes) -> None:
@@ -36,6 +33,6 @@ class Typist:
             return
         self._seen = b""
         if self._lines:
-            self._port.receive(self._lines.popleft() + b"\n")
+            self._machine.type_in(self._lines.popleft() + b"\n")
         else:
             self._machine.stop()

@@ -29,11 +29,13 @@ from vmm.guest import acpi
 from vmm.guest.boot import BootState, CpuBoot, SystemArea
 from vmm.guest.files import one_line, read_file
 from vmm.guest.image import ELF_FILE_LIMIT, ELF_MAGIC, LoadedImage, Segment
-from vmm.guest.loader import Guest
+from vmm.guest.loader import BootProtocol, Guest
 from vmm.guest.manifest import MEMORY_LIMIT, CpuSpec, End, Image, Limits, MachineSpec, Manifest, Policy
 from vmm.guest.pc_boot import HIGH_MEMORY, MIB, advise, check_memory, encode_command_line, memory_map
 from vmm.guest.symbols import Symbols
 
+#: What a trace calls it.
+PROTOCOL: Final = "linux"
 PAGE: Final = 4096
 #: Bytes of RAM that a kernel gets unless told otherwise.
 DEFAULT_MEMORY: Final = 256 * MIB
@@ -135,7 +137,8 @@ def load_linux(
         limits=Limits(exits=1 << 62, seconds=seconds),
     )
     boot = _boot_state(found.entry, memory, writes)
-    return Guest(manifest, found.image, found.entry, boot=boot, is_pc=True, has_apic=apic)
+    protocol = BootProtocol(PROTOCOL, command_line, () if initrd is None else (initrd,), apic=apic)
+    return Guest(manifest, found.image, found.entry, boot=boot, is_pc=True, protocol=protocol)
 
 
 # The kernel

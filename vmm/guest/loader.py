@@ -39,6 +39,22 @@ _BARE_ROOM: Final = 1 << 20
 
 
 @frozen(slots=True)
+class BootProtocol:
+    """How a guest that has no manifest was loaded: what it finds follows from this, the image and the size of RAM.
+
+    ``name`` is that of the protocol, ``modules`` are the files that were loaded besides the image, in order. ``names``
+    are those that the guest is told, the image's first, of a protocol that tells them. ``apic`` is whether the PC has a
+    local APIC, an I/O APIC and ACPI.
+    """
+
+    name: str
+    command_line: str
+    modules: tuple[Path, ...] = ()
+    names: tuple[str, ...] = ()
+    apic: bool = False
+
+
+@frozen(slots=True)
 class Guest:
     """A guest, checked and ready to build.
 
@@ -54,14 +70,19 @@ class Guest:
     boot: BootState | None = None
     #: Whether the devices of a PC are around it.
     is_pc: bool = False
-    #: Whether a PC has a local APIC and an I/O APIC.
-    has_apic: bool = False
     hidden: tuple[tuple[int, bytes], ...] = ()
+    #: None for a guest with a manifest, and for a bare image.
+    protocol: BootProtocol | None = None
 
     @property
     def name(self) -> str:
         """The guest's name."""
         return self.manifest.name
+
+    @property
+    def has_apic(self) -> bool:
+        """Whether it is on a PC with APICs."""
+        return self.protocol is not None and self.protocol.apic
 
     @property
     def entries(self) -> tuple[int, ...]:

@@ -31,11 +31,13 @@ from vmm.guest import acpi
 from vmm.guest.boot import BootState, CpuBoot, SystemArea
 from vmm.guest.files import one_line, read_file
 from vmm.guest.image import ELF_FILE_LIMIT, PAGE, LoadedImage
-from vmm.guest.loader import Guest
+from vmm.guest.loader import BootProtocol, Guest
 from vmm.guest.manifest import CpuSpec, End, Image, Limits, MachineSpec, Manifest, Policy
 from vmm.guest.multiboot_image import INFORMATION, read_multiboot_image
 from vmm.guest.pc_boot import HIGH_MEMORY, LOW_MEMORY_END, MIB, advise, check_memory, encode_command_line, memory_map
 
+#: What a trace calls it.
+PROTOCOL: Final = "multiboot"
 #: Bytes of RAM that an image gets unless told otherwise.
 DEFAULT_MEMORY: Final = 64 * MIB
 #: EAX at entry: a Multiboot loader was here.
@@ -107,7 +109,7 @@ def load_multiboot(
         image.entry,
         boot=_boot_state(image.entry, memory, information, writes),
         is_pc=True,
-        has_apic=apic,
+        protocol=BootProtocol(PROTOCOL, command_line, tuple(modules), (name, *strings), apic=apic),
     )
 
 

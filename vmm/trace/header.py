@@ -17,13 +17,58 @@ _PORTS: Final = 1 << 16
 
 
 @frozen(slots=True)
+class RecordedBoot:
+    """How the guest of a trace was loaded, if that was by a boot protocol (``vmm.guest.loader.BootProtocol``).
+
+    ``modules`` are the SHA-256 of the files that were loaded besides the image, ``files`` how they were named.
+    ``names`` are what the guest was told they are called, the image first; empty if it was not. ``apic`` is whether the
+    PC had APICs.
+    """
+
+    protocol: str
+    command_line: str
+    modules: tuple[str, ...]
+    names: tuple[str, ...]
+    files: tuple[str, ...]
+    apic: bool
+
+    def to_json(self) -> Json:
+        """Its keys in the header."""
+        words = {
+            "protocol": self.protocol,
+            "command_line": self.command_line,
+            "modules": list(self.modules),
+            "names": list(self.names),
+            "apic": self.apic,
+        }
+        return {"boot": words, "files": list(self.files)}
+
+    @classmethod
+    def parse(cls, line: Json) -> RecordedBoot | None:
+        """From a header's object, None if that has no such keys; raises ``ValueError`` that says what it lacks."""
+        if "boot" not in line:
+            return None
+        words = {"apic": False, **_key(line, "boot", dict)}
+        modules, names, files = _texts(words, "modules"), _texts(words, "names"), _texts(line, "files")
+        if not all(map(_SHA256.fullmatch, modules)):
+            raise ValueError('no usable "modules"')
+        if len(names) not in (0, 1 + len(modules)):
+            raise ValueError('no usable "names"')
+        if len(files) != len(modules):
+            raise ValueError('no usable "files"')
+        protocol, command_line = _key(words, "protocol", str), _key(words, "command_line", str)
+        return cls(protocol, command_line, modules, names, files, _key(words, "apic", bool))
+
+
+@frozen(slots=True)
 class Header:
     """What the run of a trace was: of which image, under which manifest and policy, with which options.
 
     ``image`` and ``manifest`` are the SHA-256 of the files; ``manifest`` is None for an image without one. ``target``
     is how the guest was named, ``seed`` what the turns of several vCPUs were drawn from, ``ept`` what of the EPT's
     profile was not as by default. ``interactive`` is whether anybody could act on the guest, so that each exit was
-    taken at an instruction boundary. ``exact_ports`` are those of a host program's devices that want one.
+    taken at an instruction boundary. ``exact_ports`` are those of a host program's devices that want one. ``boot`` is
+    None unless the guest was loaded by a boot protocol.
     """
 
     guest: str
@@ -40,6 +85,7 @@ class Header:
     seed: int
     interactive: bool
     exact_ports: tuple[int, ...]
+    boot: RecordedBoot | None = None
 
     def to_json(self) -> Json:
         """The header's object."""
@@ -61,6 +107,7 @@ class Header:
             "seed": self.seed,
             "interactive": self.interactive,
             "exact_ports": list(self.exact_ports),
+            **({} if self.boot is None else self.boot.to_json()),
         }
 
     @classmethod
@@ -86,6 +133,7 @@ class Header:
             seed=_number(line, "seed", 0),
             interactive=_key(line, "interactive", bool),
             exact_ports=tuple(exact),
+            boot=RecordedBoot.parse(line),
         )
 
 
@@ -94,6 +142,13 @@ def _key(line: Mapping[str, Any], key: str, kind: type) -> Any:  # noqa: ANN401 
     if type(value) is not kind:
         raise ValueError(f'no usable "{key}"')
     return value
+
+
+def _texts(line: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = _key(line, key, list)
+    if not all(isinstance(each, str) for each in value):
+        raise ValueError(f'no usable "{key}"')
+    return tuple(value)
 
 
 def _number(line: Mapping[str, Any], key: str, least: int) -> int:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _CAUSES: Final = {
     "image": "ran another image: SHA-256 {one}, {others} {other}",
     "manifest": "ran by another manifest: SHA-256 {one}, {others} {other}",
+    "modules": "was given other files: SHA-256 {one}, {others} {other}",
 }
 _ANY_CAUSE: Final = "ran with another {key}: {one}, {others} {other}"
 
@@ -120,7 +121,8 @@ def _flat(header: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
 
 
 def _shown(value: object) -> str:
-    return "none" if value is None else one_line(str(value)[:80])
+    words = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return "none" if words is None else one_line(str(words)[:80])
 
 
 def _event_cause(difference: Difference, others: str) -> str | None:

@@ -18,7 +18,7 @@ from attrs import evolve
 from vmm.exits import BlockEvent, End, Exit, FrameEvent, Injection, IoInstruction, Json, Modification, Record
 
 if TYPE_CHECKING:
-    from vmm.inputs import Input
+    from vmm.inputs import Input, Moment
 
 #: Lines that are collected before they are written.
 BATCH: Final = 512
@@ -94,10 +94,10 @@ class TraceSink:
         if len(lines) >= self._batch:
             self._write()
 
-    def input(self, given: Input, depth: int) -> None:
-        """Take the next input; ``depth`` others are being carried out around it."""
-        inside = {"depth": depth} if depth else {}
-        self._lines.append(json.dumps({"seq": self.records, "kind": "input", **given.to_json(), **inside}) + "\n")
+    def input(self, given: Input, moment: Moment) -> None:
+        """Take the next input."""
+        line = {"seq": self.records, "kind": "input", **given.to_json(), **moment.to_json()}
+        self._lines.append(json.dumps(line) + "\n")
 
     def console(self, text: str) -> None:
         """Take the next piece of what the guest prints; it is written line by line."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
 
-from vmm.inputs import parse
+from vmm.inputs import Moment, parse
 from vmm.trace.reading import BETWEEN, TraceLine, TraceReader
 from vmm.trace.sink import CUT_OFF
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: What a window that is closed because the run has ended leaves in the trace.
 _END_OF_RUN: Final = "end of run"
 #: Keys of a header in which runs of the same guest may differ without being different.
-_NAMES: Final = frozenset({"target"})
+_NAMES: Final = frozenset({"target", "files"})
 
 
 @frozen(slots=True)
@@ -66,8 +66,9 @@ class WholeTrace:
 
 
 def comparable(header: Json) -> Json:
-    """A header without what may differ between runs of the same guest."""
-    return {key: value for key, value in header.items() if key not in _NAMES}
+    """A header without what may differ between runs of the same guest, which is called after its file at times."""
+    names = {*_NAMES, "guest"} if header.get("manifest") is None else _NAMES
+    return {key: value for key, value in header.items() if key not in names}
 
 
 class _Scan:
@@ -111,6 +112,7 @@ class _Scan:
             self.inputs += 1
             try:
                 parse(line.object)
+                Moment.parse(line.object)
             except ValueError as problem:
                 return str(problem)
         return None
