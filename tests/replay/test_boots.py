@@ -197,10 +197,9 @@ def test_a_replay_has_the_interrupt_controllers_of_the_recording(tmp_path, apic)
     trace = boot(tmp_path / "t", kernel, lambda machine: None, apic=apic)
     assert (b'"kind": "device"' in trace) == apic
     assert vmm("replay", tmp_path / "t").exit_code == 0
-    without_key = re.sub(rb', "apic": (true|false)', b"", trace)
-    assert without_key != trace
-    (tmp_path / "t").write_bytes(without_key)
-    assert vmm("replay", tmp_path / "t").exit_code == (1 if apic else 0), "traces from before there were APICs"
+    assert (b'"apic": true' in lines(trace)[0]) == apic
+    (tmp_path / "t").write_bytes(trace.replace(b', "apic": true', b""))
+    assert vmm("replay", tmp_path / "t").exit_code == (1 if apic else 0), "without the key there are none"
 
 
 class TestSpoiled:

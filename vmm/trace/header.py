@@ -39,7 +39,7 @@ class RecordedBoot:
             "command_line": self.command_line,
             "modules": list(self.modules),
             "names": list(self.names),
-            "apic": self.apic,
+            **({"apic": True} if self.apic else {}),
         }
         return {"boot": words, "files": list(self.files)}
 
