@@ -14,8 +14,9 @@ from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, MemoryBus, P
 from vmm.devices.from_manifest import attach_inputs
 from vmm.devices.local_apic_timer import FREQUENCY as CLOCK
 from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
-from vmm.ept import ExtendedPageTables, Permission
+from vmm.ept import ExtendedPageTables, PageModificationLog, Permission
 from vmm.ept.views import Views
+from vmm.errors import OptionError
 from vmm.guest import boot
 from vmm.guest.boot import BootState
 from vmm.guest.loader import Guest
@@ -87,7 +88,7 @@ class Assembly:
         self.inputs.contexts = [vcpu.context for vcpu in self.vcpus]
         self.loop: Final = self._make_loop()
         self.host_memory: Final = self._make_host_memory()
-        self.log: Final = self._keep_log()
+        self._keep_logs()
         self.events: Final = [self._hear(processor) for processor in self.loop.processors]
         #: Monitors and hidden patches (see ``monitor``, ``hook`` and ``patch_hidden``).
         self.monitors: Final = HostMonitors(self, self.events, self.flush, self._forget_fetches)
@@ -123,8 +124,8 @@ class Assembly:
             self.vcpus,
             self._fields,
             keeps_wx=self.keeps_wx,
-            control=self.control,
             flush=self.flush,
+            tlb=self.tlb,
         )
 
     def _make_host_memory(self) -> HostMemory:
@@ -154,6 +155,7 @@ class Assembly:
         tlb = StrictTlb(self.memory, self.reporter, self.flush)
         self.control.invalidate = tlb.invalidate_gpa
         self.ept.entry_written = tlb.ept_entry_written
+        self.door.tables = tlb
         return tlb
 
     def _make_vcpu(self, number: int) -> VirtualCpu:
@@ -224,13 +226,12 @@ class Assembly:
             processor.vcpu, self.memory, self.blocks, processor.step_over, audit=self.options.audit
         )
 
-    def _keep_log(self) -> LogKeeper | None:
-        if self.ept.log is None:
-            return None
-        keeper = LogKeeper(self.ept.log, self.every_view, self.reporter, self.flush)
-        for processor in self.loop.processors:
-            processor.log = keeper
-        return keeper
+    def _keep_logs(self) -> None:
+        """A page-modification log for each vCPU; the first one's is in the EPT from the start."""
+        log = self.ept.log
+        for number, processor in enumerate(self.loop.processors if log is not None else ()):
+            own = PageModificationLog() if number or log is None else log
+            processor.log = LogKeeper(number, own, self.every_view, self.reporter, self.flush, self.tlb)
 
     def _make_pc(self) -> Pc:
         """A PC's board for the first vCPU, whose time is the machine's."""
@@ -260,6 +261,20 @@ class Assembly:
             processor.trap.devices = DeviceMemory(self.memory_bus, vcpu, self.reporter)
             for gpa, size in self.memory_bus.ranges:
                 vcpu.stepping.map_device(gpa, size)
+
+    def number_of(self, vcpu: int | None, where: str) -> int:
+        """The number of a vCPU, None being the one at work; raises ``OptionError`` for one that there is not."""
+        if vcpu is not None and not 0 <= vcpu < len(self.vcpus):
+            raise OptionError(f"vCPU {vcpu}", where=where, fix=f"there are {len(self.vcpus)}, counted from 0")
+        return self.current.number if vcpu is None else vcpu
+
+    def keeper_of(self, vcpu: int | None) -> LogKeeper:
+        """What keeps the page-modification log of a vCPU; raises ``OptionError`` where nothing is logged."""
+        keeper = self.loop.processors[self.number_of(vcpu, "page-modification log")].log
+        if keeper is None:
+            fix = "give a profile with page_modification_log and accessed_dirty"
+            raise OptionError("nothing is logged", where="page-modification log", fix=fix)
+        return keeper
 
     def raise_interrupt(self, vector: int, vcpu: int) -> None:
         """Make an external interrupt of a vCPU pending, as a device does."""

@@ -141,6 +141,7 @@ def guests(*, as_json: bool) -> None:
 @click.option("--append", metavar="TEXT", help="Put this onto a Multiboot kernel's command line, behind its name.")
 @click.option("--memory", metavar="SIZE", help="RAM of a Multiboot kernel, like 64M (which it is by default).")
 @click.option("--module", "modules", metavar="FILE", multiple=True, help="Load a Multiboot module. May be repeated.")
+@click.option("--views", is_flag=True, help="Show where the views of the EPT differ at the end.")
 @click.option("--all", "everything", is_flag=True, help="Show every record: fold no loops, cut nothing off.")
 @click.option("-q", "--quiet", is_flag=True, help="Show nothing but what is wrong.")
 @click.option("-v", "--verbose", is_flag=True, help="Tell on standard error what the VMM itself does.")

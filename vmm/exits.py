@@ -497,7 +497,7 @@ class StaleTranslation(Record):
     entry the first GPA that it translates; ``old`` is what was cached of it, ``new`` what it is. ``writer`` is the
     instruction that changed it last (None: the host), ``writer_vcpu`` the vCPU at work then, ``time`` how many exits
     there had been; the last two are None if that is not known any more. ``missing`` is the instruction that should
-    have followed: "INVLPG" or "INVEPT".
+    have followed: "INVLPG" or "INVEPT". ``view`` is the EPT view in use, None on a machine that has only one.
     """
 
     kind: ClassVar[str] = "stale_translation"
@@ -514,11 +514,13 @@ class StaleTranslation(Record):
     writer_vcpu: int | None
     time: int | None
     missing: str
+    view: int | None = None
 
     def _fields(self) -> Json:
         names = ("rip", "access", "gva", "gpa", "entry", "place", "old", "new")
         authors = ("writer", "writer_vcpu", "time", "missing")
-        return {"kind": self.kind, **{name: getattr(self, name) for name in (*names, *authors)}}
+        view = {} if self.view is None else {"view": self.view}
+        return {"kind": self.kind, **{name: getattr(self, name) for name in (*names, *authors)}, **view}
 
 
 @frozen(slots=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from attrs import define
 
 from vmm.ept import Permission
-from vmm.ept.bits import GPA_LIMIT
+from vmm.ept.bits import ADDRESS_MASK, GPA_LIMIT
 from vmm.ept.sub_pages import SUB_PAGES
-from vmm.ept.views import Views
+from vmm.ept.views import View, Views
 from vmm.errors import OptionError
 from vmm.inputs import Alias, Approve, Inputs, Protect, ProtectSubPages, Seal, Write
 from vmm.memory import PAGE, GuestMemory
@@ -57,10 +57,7 @@ class HostMemory:
         self._refuse_sealed(places, "write")
         pieces = [(hpa, where, data[where - gpa : where - gpa + length]) for hpa, where, length in places]
         with self.inputs.during(Write(gpa, data)):
-            before = {} if self.tlb is None else self.tlb.snapshot(hpa for hpa, _, _ in places)
             self.door.write(pieces, cause="host", mmu=self.current())
-            if self.tlb is not None:
-                self.tlb.written(before, None)
             if any(self.frames.is_system(hpa) for hpa, _, _ in places):
                 for vcpu in self.vcpus:
                     vcpu.mmu.tables_changed()
@@ -82,6 +79,11 @@ class HostMemory:
             if old.elsewhere and all(gpa <= own < gpa + size for own in old.gpas):
                 what = f"GPA {page:#x} is all that leads in view 0 to a page of another view"
                 raise OptionError(what, where="alias", fix="remap that view first")
+        for host, where, _ in places:
+            frame, page = self.frames.at(host), gpa + where - target
+            if frame.guarded:
+                elsewhere = [view for view in self.views.all if page in view.hosts]
+                self._refuse_guarded(page, frame, frame.writable, elsewhere, "alias")
         with self.inputs.during(Alias(gpa, target, size)):
             for host, where, _ in places:
                 self._map(gpa + where - target, self.frames.at(host))
@@ -113,16 +115,14 @@ class HostMemory:
         with self.inputs.during(Protect(gpa, size, access, user_execute, invalidate)):
             for hpa, where, _ in places:
                 frame, page = self.frames.at(hpa), where & -PAGE
-                self.control.protect(frame, access, page, user_execute=user_execute, invalidate=invalidate)
-                if not invalidate and self.tlb is not None:
-                    self.tlb.ept_entry_changed("EPT PTE", page)
+                self.control.protect(frame, access, page, user_execute=user_execute)
+                self._changed_entries(page, invalidate=invalidate)
             if invalidate:
                 self.flush()
 
     def protect_sub_pages(self, gpa: int, writable: int) -> None:
         """See ``Machine.protect_sub_pages``."""
-        table = self.views.all[0].ept.sub_pages
-        if table is None:
+        if self.views.all[0].ept.sub_pages is None:
             fix = "give a profile with sub_page_write"
             raise OptionError("the processor has no sub-page permissions", where="protect_sub_pages", fix=fix)
         if gpa % PAGE or not 0 <= writable < 1 << SUB_PAGES:
@@ -130,8 +130,14 @@ class HostMemory:
             raise OptionError(what, where="protect_sub_pages", fix="give a multiple of 4096, and 32 bits")
         places = self.places(gpa, PAGE)
         self._refuse_sealed(places, "protect_sub_pages")
+        frame = self.frames.at(places[0][0])
+        for _, page in self.views.places(frame):
+            self._refuse_guarded(page, frame, writable, self.views.all, "protect_sub_pages")
         with self.inputs.during(ProtectSubPages(gpa, writable)):
-            self.control.protect_sub_pages(self.frames.at(places[0][0]), table, writable)
+            self.control.protect_sub_pages(frame, writable)
+            if self.tlb is not None:
+                for view, page in self.views.places(frame):
+                    self.tlb.invept_page(view.eptp & ADDRESS_MASK, page)
             self.flush()
 
     def approve(self, gpa: int, size: int) -> None:
@@ -165,13 +171,27 @@ class HostMemory:
             old.gpas.remove(gpa)
         frame.gpas.append(gpa)
         self.views.map(gpa, frame)
-        if self.tlb is not None:
-            self.tlb.invalidate_gpa(gpa)
+        self._changed_entries(gpa, invalidate=True)
+
+    def _changed_entries(self, gpa: int, *, invalidate: bool) -> None:
+        """The entry of a page is another in every view that leads where view 0 does; INVEPT comes after it or not."""
+        if self.tlb is None:
+            return
+        for view in self.views.all:
+            if gpa not in view.hosts and invalidate:
+                self.tlb.invept_page(view.eptp & ADDRESS_MASK, gpa)
+            elif gpa not in view.hosts:
+                self.tlb.ept_entry_written(view.eptp, 1, gpa)
 
     def _refuse_sealed(self, places: list[Place], what: str) -> None:
         for hpa, where, _ in places:
             if self.frames.at(hpa).state is FrameState.SEALED:
                 raise OptionError(f"GPA {where:#x} is sealed", where=what, fix="sealed code never changes")
+
+    def _refuse_guarded(self, gpa: int, frame: Frame, writable: int, views: Iterable[View], what: str) -> None:
+        if self.views.guards_another(gpa, frame, writable, views):
+            fix = "have the same sub-pages written in both frames"
+            raise OptionError(f"GPA {gpa:#x} has sub-page permissions in another view", where=what, fix=fix)
 
     def _refuse_unapproved(self, places: list[Place]) -> None:
         for hpa, where, _ in places:

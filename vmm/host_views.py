@@ -8,7 +8,7 @@ from attrs import define
 
 from vmm.control_fields import EPTP_LIST_LENGTH, ControlFields
 from vmm.ept import ExtendedPageTables, Permission
-from vmm.ept.bits import GPA_LIMIT
+from vmm.ept.bits import ADDRESS_MASK, GPA_LIMIT
 from vmm.ept.views import View, Views
 from vmm.errors import OptionError
 from vmm.exits import ViewEvent
@@ -16,7 +16,7 @@ from vmm.inputs import AddView, EptpList, Inputs, Remap, Restrict, SwitchView, V
 from vmm.memory import PAGE
 from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.reporter import Reporter
-from vmm.trap.frames import FrameControl
+from vmm.tlb import StrictTlb
 from vmm.vcpu import VirtualCpu
 
 
@@ -35,8 +35,9 @@ class HostViews:
     vcpus: list[VirtualCpu]
     fields: list[ControlFields]
     keeps_wx: bool
-    control: FrameControl
     flush: Callable[[], None]
+    #: Strict staleness, None without it.
+    tlb: StrictTlb | None = None
 
     def __len__(self) -> int:
         """How many views there are."""
@@ -83,7 +84,7 @@ class HostViews:
         with self.inputs.during(Restrict(view, gpa, size, access, convertible)):
             for page, _ in pages:
                 self.all.restrict(limited, page, access, convertible=convertible)
-            self._changed(pages)
+            self._changed(limited, pages)
             self._tell("restricted", view, gpa=gpa, size=size, access=str(access))
 
     def remap(self, view: int, gpa: int, target: int, size: int) -> None:
@@ -102,10 +103,15 @@ class HostViews:
             raise OptionError(what, where="remap", fix=fix)
         pages = [(gpa + at - target, frame) for at, frame in self._pages(self.all.at(0), target, size)]
         self._refuse_sealed(changed, gpa, size)
+        others = [each for each in self.all.all if each is not changed]
+        for page, frame in pages:
+            if frame.guarded and self.all.guards_another(page, frame, frame.writable, others):
+                fix = "have the same sub-pages written in both frames"
+                raise OptionError(f"GPA {page:#x} has sub-page permissions in another view", where="remap", fix=fix)
         with self.inputs.during(Remap(view, gpa, target, size)):
             for page, frame in pages:
                 self.all.remap(changed, page, frame)
-            self._changed(pages)
+            self._changed(changed, pages)
             self._tell("mapped", view, gpa=gpa, size=size, target=target)
 
     def set_eptp_list(self, entries: Sequence[int], *, vcpu: int = 0) -> None:
@@ -156,11 +162,11 @@ class HostViews:
             if before is not None and self.frames.at(before).state is FrameState.SEALED:
                 raise OptionError(f"GPA {page:#x} is sealed", where="remap", fix="sealed code stays where it is")
 
-    def _changed(self, pages: list[tuple[int, Frame]]) -> None:
+    def _changed(self, view: View, pages: list[tuple[int, Frame]]) -> None:
         """Entries of a view say something else by now; so do the VMM's own tables, if they are among the frames."""
-        if self.control.invalidate is not None:
+        if self.tlb is not None:
             for page, _ in pages:
-                self.control.invalidate(page)
+                self.tlb.invept_page(view.eptp & ADDRESS_MASK, page)
         for vcpu in self.vcpus:
             vcpu.mmu.frames_changed()
             vcpu.mmu.forget_all_fetches()

@@ -8,7 +8,7 @@ from typing import Final, Self
 
 from vmm.assembly import Assembly
 from vmm.cpu.events import Event, EventType
-from vmm.ept import Permission
+from vmm.ept import PageModificationLog, Permission
 from vmm.ept.bits import ADDRESS_MASK
 from vmm.errors import OptionError
 from vmm.exits import End, FrameEvent, Record
@@ -163,10 +163,14 @@ class Machine:
             raise OptionError("no serial port", where="type_in", fix="use a guest that is a PC, as `vmm boot` has it")
         return self.pc.receive(data)
 
-    def inject(self, event: Event) -> None:
-        """Deliver an event at the next VM entry of the vCPU at work, whatever its interrupt flag (event injection)."""
-        self.inputs.note(Inject(event))
-        self.loop.current.pending.append(event)
+    def inject(self, event: Event, *, vcpu: int | None = None) -> None:
+        """Deliver an event at the next VM entry of a vCPU, whatever its interrupt flag (event injection).
+
+        None is the vCPU at work. One that has halted is woken. Raises ``OptionError`` for a vCPU that there is not.
+        """
+        number = self._parts.number_of(vcpu, "inject")
+        self.inputs.note(Inject(event, number))
+        self.loop.processors[number].pending.append(event)
 
     def interrupt(self, vector: int, *, vcpu: int = 0) -> None:
         """Raise an external interrupt: delivered when RFLAGS.IF and the interrupt shadow of the vCPU allow it.
@@ -174,9 +178,7 @@ class Machine:
         ``vector`` is 0 to 255. One that is pending already stays pending once; of several the highest is delivered
         first. Raises ``OptionError`` for other vectors, and for a vCPU that there is not.
         """
-        if not 0 <= vcpu < len(self.vcpus):
-            fix = f"there are {len(self.vcpus)}, counted from 0"
-            raise OptionError(f"vCPU {vcpu}", where="interrupt", fix=fix)
+        self._parts.number_of(vcpu, "interrupt")
         event = Event(vector, EventType.EXTERNAL_INTERRUPT)
         self.inputs.note(Interrupt(vector, vcpu))
         self._parts.raise_interrupt(event.vector, vcpu)
@@ -188,9 +190,7 @@ class Machine:
         after each that no other exit came before. Injecting ``Event(0, EventType.OTHER_EVENT)`` makes one exit
         pending whatever the control says. Raises ``OptionError`` for a vCPU that there is not.
         """
-        if not 0 <= vcpu < len(self.vcpus):
-            fix = f"there are {len(self.vcpus)}, counted from 0"
-            raise OptionError(f"vCPU {vcpu}", where="monitor_trap_flag", fix=fix)
+        self._parts.number_of(vcpu, "monitor_trap_flag")
         self.inputs.note(MonitorTrap(vcpu, on))
         self.loop.processors[vcpu].monitor_trap.control = on
 
@@ -273,18 +273,24 @@ class Machine:
         """
         self.host_memory.seal(gpa, size)
 
-    def drain_log(self, *, clean: bool = False) -> tuple[int, ...]:
-        """Empty the page-modification log: the GPAs of the pages that the guest has written, in order (29.3.6).
+    def log(self, vcpu: int | None = None) -> PageModificationLog:
+        """The page-modification log of a vCPU, with its index (29.3.6); None is the vCPU at work.
 
-        Each page was logged when its dirty flag was set, hence once. With ``clean`` the flags of these pages are
-        cleared, so that the next write to one is logged again. Raises ``OptionError`` where nothing is logged: it
-        takes an EPT profile with ``page_modification_log`` and ``accessed_dirty``.
+        Raises ``OptionError`` for a vCPU that there is not, and where nothing is logged: it takes an EPT profile with
+        ``page_modification_log`` and ``accessed_dirty``.
         """
-        if self._parts.log is None:
-            fix = "give a profile with page_modification_log and accessed_dirty"
-            raise OptionError("nothing is logged", where="page-modification log", fix=fix)
-        with self.inputs.during(DrainLog(clean)):
-            return self._parts.log.drain(clean=clean)
+        return self._parts.keeper_of(vcpu).log
+
+    def drain_log(self, *, clean: bool = False, vcpu: int | None = None) -> tuple[int, ...]:
+        """Empty the page-modification log of a vCPU: the GPAs of the pages that it has written, in order (29.3.6).
+
+        None is the vCPU at work. Each page was logged when its dirty flag was set, hence once, by the vCPU that set it.
+        With ``clean`` the flags of these pages are cleared, so that the next write to one is logged again. Raises
+        ``OptionError`` as ``log`` does.
+        """
+        keeper = self._parts.keeper_of(vcpu)
+        with self.inputs.during(DrainLog(clean, keeper.vcpu)):
+            return keeper.drain(clean=clean)
 
     def invept(self, eptp: int | None = None) -> None:
         """INVEPT on every vCPU, single-context for the EPT that ``eptp`` selects or, with None, all-context.
@@ -377,8 +383,8 @@ class Machine:
 
     @property
     def stale(self) -> int:
-        """Executions of stale code that were reported, under a weaker coherence model."""
-        return 0 if self.sanitizer is None else self.sanitizer.found
+        """Executions of stale code under a weaker coherence model, but for those of what another vCPU has written."""
+        return 0 if self.sanitizer is None else self.sanitizer.found - self.sanitizer.of_others
 
     @property
     def stale_translations(self) -> int:

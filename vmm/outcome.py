@@ -58,7 +58,8 @@ def judge(manifest: Manifest, end: End, *, stale: int = 0, translations: int = 0
     """Compare the end of a run with what the manifest asks for.
 
     A run that a script or a handler stopped ended as it should: whoever stops it has the say. ``stale`` counts the
-    executions of stale code that nobody expects, ``translations`` the uses of stale translations.
+    executions of stale code that nobody expects, ``translations`` the uses of stale translations. What another vCPU has
+    written may be stale by any protocol for cross-modifying code, until the vCPU synchronises: that says nothing.
     """
     what = describe(end)
     if end.reason in DEATHS:
@@ -70,7 +71,7 @@ def judge(manifest: Manifest, end: End, *, stale: int = 0, translations: int = 0
     if end.reason == "stopped" or _is_wanted(manifest, end):
         if stale:
             words = f"{stale:,} execution{'' if stale == 1 else 's'} of stale code"
-            return Outcome(Status.WRONG, what, f"{words}: the guest changed code and did not synchronise")
+            return Outcome(Status.WRONG, what, f"{words}: it was changed, and executed without synchronising")
         if translations:
             words = f"{translations:,} use{'' if translations == 1 else 's'} of stale translations"
             return Outcome(Status.WRONG, what, f"{words}: an invalidation is missing")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 from attrs import evolve
@@ -77,6 +78,16 @@ class Reporter:
         self._charged += 1
         if self.total + self._charged > self.limit:
             self.over_budget = True
+
+    @contextmanager
+    def of_vcpu(self, number: int) -> Iterator[None]:
+        """Have records name another vCPU than the one at work, if they name any."""
+        at_work = self.vcpu
+        self.vcpu = None if at_work is None else number
+        try:
+            yield
+        finally:
+            self.vcpu = at_work
 
     def emit(self, record: Record) -> None:
         """Show a record to the observers."""

@@ -32,8 +32,9 @@ class RunLoop:
                 take_turn()
         reason, detail = self._state.settle(seconds)
         self.current.trap.close_windows()
-        if self.current.log is not None:
-            self.current.log.report()
+        for processor in self.processors:
+            if processor.log is not None:
+                processor.log.report()
         end = End(reason, self.current.vcpu.context.rip, detail, vcpu=self._reporter.vcpu)
         self._reporter.emit(end)
         return end
@@ -50,4 +51,6 @@ class RunLoop:
             return
         number, instructions = self._scheduler.draw(ready)
         self.current, self._reporter.vcpu = self.processors[number], number
+        if self.current.log is not None:
+            self.current.log.select()
         self.current.take_turn(instructions)

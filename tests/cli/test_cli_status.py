@@ -47,6 +47,33 @@ def test_1_for_a_guest_that_does_not_keep_w_xor_x(vmm, guest):
     assert "a fetch at 0x10000 that the W^X policy refuses (rule mapping)" in complaint
 
 
+#: Its first instruction changes the operand of the second one: mov byte [0x10008], 0x2b
+SELF_PATCH = bytes.fromhex("c605080001002b") + END_0X2A
+
+
+@pytest.mark.parametrize(("model", "value"), [("coherent", 0x2B), ("serialised", 0x2A), ("explicit", 0x2A)])
+def test_1_for_stale_code_of_its_own_even_if_the_end_is_right(vmm, guest, model, value):
+    folder = guest(SELF_PATCH, mode="protected", more=wants(value))
+    status, reason, complaint = ends(vmm, folder, "--coherence", model)
+    assert (status, reason) == (int(model != "coherent"), "port")
+    words = "1 execution of stale code: it was changed, and executed without synchronising"
+    assert complaint == ("" if model == "coherent" else f"vmm: tiny: {words}\n")
+
+
+def test_0_for_stale_code_that_another_vcpu_wrote_if_the_end_is_right(vmm):
+    """A protocol for cross-modifying code permits it between a store and the interrupt behind it."""
+    result = vmm("run", "cross-modify", "--coherence", "serialised")
+    assert (result.exit_code, result.stderr) == (0, "")
+    words = "13 executions of stale code (serialised); all of what another vCPU wrote, as the model permits"
+    assert words in result.stdout
+
+
+def test_1_if_the_guest_cannot_do_with_it(vmm):
+    result = vmm("run", "-q", "cross-modify-unsynchronised")
+    assert result.exit_code == 1
+    assert "its manifest wants 0x41" in result.stderr
+
+
 def test_2_for_a_guest_without_page_tables_that_should_keep_it(vmm):
     result = vmm("run", "real-mode", "--wx", "stop")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)

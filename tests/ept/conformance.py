@@ -28,15 +28,15 @@ WAYS = {PAGE: (REGION, (4, 3, 2, 1)), MIB_2: (REGION + GIB, (4, 3, 2)), GIB: (RE
 RWX = Permission.R | Permission.W | Permission.X
 
 # Host pages (also GPAs of the guest's own 2 MiB).
-CR3, FREE_TABLE = 0x2000, 0x3000
+PML5, PML4, FREE_TABLE = 0x5000, 0x2000, 0x3000
+CR4_LA57 = 1 << 12
 CODE, CODE_PAGE, DATA_PAGE = 0x10000, 0x11000, 0x12000
-#: What the ways lead to: a page, and the guest's page table, page directory and page-directory-pointer table.
-FINAL, TABLES = 0x10_1000, {1: 0x10_2000, 2: 0x10_3000, 3: 0x10_4000}
-NAMES = {1: "PTE", 2: "PDE", 3: "PDPTE"}
+#: What the ways lead to: a page, and by level a table of the guest's paging structures, from page table to PML5 table.
+FINAL, TABLES = 0x10_1000, {1: 0x10_2000, 2: 0x10_3000, 3: 0x10_4000, 4: 0x10_5000, 5: 0x10_6000}
 
 P, RW, US, A, D, PS, XD = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7, 1 << 63
 #: Index of each level in a linear address that is tested, so that entries are not at the start of their tables.
-INDEX = {3: 7, 2: 6, 1: 5}
+INDEX = {4: 9, 3: 7, 2: 6, 1: 5}
 OFFSET = 0x803
 _VMCALL = bytes.fromhex("0f01c1")
 _STUBS = {
@@ -54,7 +54,8 @@ class Case:
     ``flip`` is what else is different in that entry.
 
     ``structure`` is 0 for the access itself, else the level of the guest's entry that is reached by this way;
-    ``flags`` is then what is clear in the guest's entries: "" or "A" or "D".
+    ``flags`` is then what is clear in the guest's entries: "" or "A" or "D". Where it is the table that CR3 refers to,
+    the instruction itself is fetched by an entry of that table first.
     """
 
     size: int
@@ -69,11 +70,15 @@ class Case:
 
 @define(slots=False)
 class Bench:
-    """One machine with one processor and one CPL; ``run`` has it do cases and gives back what differs."""
+    """One machine with one processor and one CPL; ``run`` has it do cases and gives back what differs.
+
+    ``root`` is the level of the table that CR3 refers to: 4, or 5 in 5-level paging.
+    """
 
     processor: Processor
     cpl: int
     single_step: bool = False
+    root: int = 4
     deviations: list[str] = field(factory=list)
     count: int = 0
     _expected: tuple = ()
@@ -90,9 +95,12 @@ class Bench:
         self.stubs = stubs
         segments = {CODE: bytes(code), CODE_PAGE: _VMCALL.ljust(PAGE, b"\xcc")}
         limits = Limits(exits=10_000_000, seconds=600.0)
-        guest = tiny.guest(segments, cpl=self.cpl, paging=False, registers={"cr3": CR3}, limits=limits)
+        self.cr3 = {4: PML4, 5: PML5}[self.root]
+        guest = tiny.guest(segments, cpl=self.cpl, paging=False, registers={"cr3": self.cr3}, limits=limits)
         guest = evolve(guest, manifest=evolve(guest.manifest, machine=MachineSpec(GIB, "long")))
         self.machine = Machine(guest, RunOptions(ept=profile_of(self.processor), single_step=self.single_step))
+        if self.root == 5:
+            self.machine.vcpu.context.cr4 |= CR4_LA57
         self._make_tables()
         self._map_ways()
         self.machine.on(Vmcall)(lambda exit_record: self._came_out(exit_record, ("fine",)))
@@ -110,30 +118,33 @@ class Bench:
     def _make_tables(self) -> None:
         word = self._word
         self._next_table = 0x20000
-        word(CR3, FREE_TABLE | P | RW | US | A)
+        word(PML4, FREE_TABLE | P | RW | US | A)
+        word(PML5, PML4 | P | RW | US | A)
+        for root, below in ((4, FREE_TABLE), (5, PML4)):
+            word(TABLES[root], below | P | RW | US | A)
         word(FREE_TABLE, 0x4000 | P | RW | US | A)
         word(0x4000, P | RW | US | A | D | PS)
         self.machine.memory.write(FINAL, _VMCALL)
         #: The place of the guest's leaf entry that leads to the final page, by (size, structure).
         self.entries: dict[tuple[int, int], dict[int, int]] = {}
         self.linear: dict[tuple[int, int], int] = {}
-        for number, (size, structure) in enumerate((size, structure) for size in WAYS for structure in range(4)):
+        every = [(size, structure) for size in WAYS for structure in range(self.root + 1)]
+        for number, (size, structure) in enumerate(every):
             self._make_address(number + 1, size, structure)
 
     def _make_address(self, number: int, size: int, structure: int) -> None:
         """A linear address whose translation goes through tables of its own, one of them by a way."""
-        where, gpa = {}, CR3 + 8 * number
-        for level in (3, 2, 1):
-            if level == structure:
-                host = TABLES[level]
-                table = WAYS[size][0] + host
-            else:
-                host = table = self._next_table
+        root = TABLES[self.root] if structure == self.root else self.cr3
+        where, linear = {self.root: root + 8 * number}, number << 9 * self.root + 3
+        for level in range(self.root - 1, 0, -1):
+            host = TABLES[level]
+            if level != structure:
+                host = self._next_table
                 self._next_table += PAGE
-            self._word(gpa, table | P | RW | US | A)
-            gpa = where[level] = host + 8 * INDEX[level]
+            where[level] = host + 8 * INDEX[level]
+            linear |= INDEX[level] << 9 * level + 3
         self.entries[size, structure] = where
-        self.linear[size, structure] = number << 39 | INDEX[3] << 30 | INDEX[2] << 21 | INDEX[1] << 12
+        self.linear[size, structure] = linear
 
     def _word(self, hpa: int, value: int) -> None:
         self.machine.memory.words[hpa >> 3] = value
@@ -162,21 +173,31 @@ class Bench:
         context.rip = self.stubs[case.access]
         self._case = case
         self._walk = manual.walk(self.processor, lambda level: machine.ept.read_entry(gpa, level))
-        if case.structure:
+        context.cr3 = gpa if case.structure == self.root else self.cr3
+        self._expect(case, gpa, linear | offset)
+        self._gpa = gpa
+
+    def _expect(self, case: Case, page: int, linear: int) -> None:
+        """What comes of the first access that is not fine."""
+        outcome, gpa = "fine", page
+        if case.structure == self.root:  # the stub is at linear addresses that the table's first entry translates
+            outcome = manual.structure_access(self.processor, self._walk, sets_flags=False)
+            if outcome != "fine":
+                linear = self.stubs[case.access]
+        if outcome == "fine" and case.structure:
             sets = case.flags == "A" or (case.flags == "D" and case.access in (WRITE, MODIFY))
             outcome = manual.structure_access(self.processor, self._walk, sets_flags=sets)
-            gpa += 8 * INDEX[case.structure]
-        else:
+            gpa = page | self.entries[case.size, case.structure][case.structure] & PAGE - 1
+        elif not case.structure:
             outcome = manual.final_access(self.processor, self._walk, case.access, case.linear)
-            gpa += offset
+            gpa = page | linear & PAGE - 1
         match outcome:
             case "fine":
                 self._expected = ("fine",)
             case "misconfiguration":
                 self._expected = ("misconfiguration", gpa)
             case _:
-                self._expected = (outcome, gpa, linear | offset)
-        self._gpa = gpa & -PAGE
+                self._expected = (outcome, gpa, linear)
 
     def _put_entries(self, case: Case) -> int:
         start, levels = WAYS[case.size]
@@ -192,12 +213,14 @@ class Bench:
     def _put_guest_entries(self, case: Case) -> int:
         where = self.entries[case.size, case.structure]
         start = WAYS[case.size][0]
-        hosts = [start + TABLES[level] if level == case.structure else where[level] & -PAGE for level in (2, 1)]
         rights = P | RW * case.linear.read_write | US * case.linear.user | A
         own = CODE_PAGE if case.access == FETCH else DATA_PAGE
         page = own if case.structure else start + FINAL
         leaf = rights | D | XD * case.linear.execute_disable | page
-        entries = {3: hosts[0] | P | RW | US | A, 2: hosts[1] | P | RW | US | A, 1: leaf}
+        entries = {1: leaf}
+        for level in range(2, self.root + 1):
+            table = start + TABLES[level - 1] if level - 1 == case.structure else where[level - 1] & -PAGE
+            entries[level] = table | P | RW | US | A
         if case.flags:
             clear = {"A": A | (D if case.structure == 1 else 0), "D": D}[case.flags]
             entries[case.structure] &= ~clear
@@ -278,10 +301,10 @@ def flipped_cases(processor: Processor, cpl: int) -> Iterable[Case]:
                 yield Case(size, level, 7, READ, Linear(user=cpl == 3), flip=(memory_type ^ 6 * leaf) << 3)
 
 
-def structure_cases(cpl: int, combinations: Iterable[int]) -> Iterable[Case]:
-    """The same for the processor's accesses to the guest's PDPTE, PDE and PTE."""
+def structure_cases(cpl: int, combinations: Iterable[int], root: int = 4) -> Iterable[Case]:
+    """The same for the processor's accesses to the guest's entries of each level, from ``root`` down."""
     combinations = list(combinations)
-    for structure in (3, 2, 1):
+    for structure in range(root, 0, -1):
         for flags in ("", "A", "D") if structure == 1 else ("", "A"):
             for size, (_, levels) in WAYS.items():
                 for level in levels:

@@ -52,6 +52,12 @@ def test_accesses_to_the_guests_paging_structures_of_stepped_instructions(proces
     check(Bench(processor, 3, single_step=True), list(structure_cases(3, PLAIN)), record_property)
 
 
+@pytest.mark.parametrize(("cpl", "single_step"), [(0, False), (3, False), (3, True)])
+@pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS)
+def test_accesses_to_the_guests_paging_structures_in_5_level_paging(processor, cpl, single_step, record_property):
+    check(Bench(processor, cpl, single_step, root=5), list(structure_cases(cpl, PLAIN, root=5)), record_property)
+
+
 @pytest.mark.parametrize("cpl", [0, 3])
 @pytest.mark.parametrize("processor", MODE_BASED_PROCESSORS.values(), ids=MODE_BASED_PROCESSORS)
 def test_accesses_under_mode_based_execute_control(processor, cpl, record_property):

@@ -11,7 +11,7 @@ from tiny import CODE, DATA, END, PAGE, STACK, map_page
 from vmm.ept import PROFILES, Capabilities, EptProfile, ExtendedPageTables, PageModificationLog, Permission
 from vmm.errors import OptionError
 from vmm.exits import EptViolation, LogEntry, PageModificationLogFull, Vmcall
-from vmm.guest.manifest import Limits
+from vmm.guest.manifest import CpuSpec, Limits, Schedule
 from vmm.machine import RunOptions
 
 LOGGING = PROFILES["page-modification-log"]
@@ -220,3 +220,107 @@ class TestDrained:
         entries = made.of(LogEntry)
         assert [entry.gpa for entry in entries if entry.gpa in PAGES] == [DATA, DATA + PAGE]
         assert entries[-1].index == 511 - (len(made.machine.ept.log.pages) - 1)
+
+
+SECOND = CODE + 0x800
+#: Where vCPU 0 tells that it is done.
+FLAG = DATA + 3 * PAGE
+WAIT = f"wait: cmp byte ptr [{FLAG}], 1; jne wait\n"
+
+
+class TestSeveralVcpus:
+    """The PML address and the PML index are fields of the VMCS (25.6.14): each vCPU has its own log."""
+
+    def build(self, first, second, **more):
+        made = build(
+            {CODE: first, SECOND: second},
+            others=[CpuSpec(SECOND, 0, 3, {"rsp": STACK - 0x800})],
+            schedule=Schedule(7, 5),
+            **more,
+        )
+        assert len(made.machine.vcpus) == 2
+        return made
+
+    def logged(self, made, vcpu):
+        return [gpa for gpa in made.machine.log(vcpu).pages if gpa in PAGES]
+
+    @pytest.mark.parametrize("single_step", [False, True])
+    def test_who_sets_a_dirty_flag_has_the_page_in_its_log(self, single_step):
+        """Flags are shared, in the EPT's entries: what the other one has written before is not logged again."""
+        first = f"mov [{DATA}], al; mov [{DATA + PAGE}], al; mov byte ptr [{FLAG}], 1; hlt"
+        second = WAIT + f"mov [{DATA + PAGE}], al; mov [{DATA + 2 * PAGE}], al\n{END}"
+        made = self.build(first, second, options=RunOptions(ept=LOGGING, check=True, single_step=single_step))
+        assert made.run().reason == "port"
+        assert [self.logged(made, vcpu) for vcpu in (0, 1)] == [[DATA, DATA + PAGE, FLAG], [DATA + 2 * PAGE]]
+        told = [(entry.vcpu, entry.gpa) for entry in made.of(LogEntry) if entry.gpa in PAGES]
+        assert told == [(0, DATA), (0, DATA + PAGE), (0, FLAG), (1, DATA + 2 * PAGE)]
+        assert made.end.vcpu == 1
+
+    @pytest.mark.parametrize("single_step", [False, True])
+    @pytest.mark.parametrize("full", [0, 1])
+    def test_the_one_whose_log_is_full_exits_and_the_other_goes_on(self, full, single_step):
+        first = f"mov [{DATA}], al; mov byte ptr [{FLAG}], 1; hlt"
+        second = WAIT + f"mov [{DATA + PAGE}], al; mov [{DATA + 2 * PAGE}], al\n{END}"
+        made = self.build(first, second, options=RunOptions(ept=LOGGING, single_step=single_step))
+        made.machine.log(full).index = 0xFFFF
+        drained = []
+
+        @made.machine.on(PageModificationLogFull)
+        def drain(exit_):
+            drained.append(exit_.vcpu)
+            made.machine.drain_log()
+            return True
+
+        assert made.run().reason == "port"
+        assert drained == [full]
+        assert [self.logged(made, vcpu) for vcpu in (0, 1)] == [[DATA, FLAG], [DATA + PAGE, DATA + 2 * PAGE]]
+
+    def test_without_a_handler_only_the_full_one_is_read(self):
+        made = self.build(f"mov byte ptr [{FLAG}], 1; hlt", WAIT + f"mov [{DATA}], al\n{END}")
+        made.machine.log(1).index = 0xFFFF
+        made.run()
+        assert [each.vcpu for each in made.of(PageModificationLogFull)] == [1]
+        assert self.logged(made, 0) == [FLAG]
+
+    def test_the_host_drains_the_one_that_it_names_or_that_of_the_vcpu_at_work(self):
+        first = f"mov [{DATA}], al; mov byte ptr [{FLAG}], 1; hlt"
+        made = self.build(first, WAIT + f"mov [{DATA + PAGE}], al; vmcall\n{END}")
+        found = []
+
+        @made.machine.on(Vmcall)
+        def drain(_exit):
+            machine = made.machine
+            assert machine.ept.log is machine.log(1) is machine.log()
+            both = machine.drain_log(), machine.drain_log(vcpu=0)
+            found.extend([gpa for gpa in pages if gpa in PAGES] for pages in both)
+
+        made.run()
+        assert found == [[DATA + PAGE], [DATA, FLAG]]
+        assert [made.machine.log(vcpu).index for vcpu in (0, 1)] == [511, 511]
+
+    def test_cleaned_pages_are_logged_by_whoever_writes_them_next(self):
+        first = f"mov [{DATA}], al; mov byte ptr [{FLAG}], 1; hlt"
+        made = self.build(first, WAIT + f"mov [{DATA}], al; vmcall; mov [{DATA}], al\n{END}")
+        made.machine.on(Vmcall)(lambda _: made.machine.drain_log(vcpu=0, clean=True) and None)
+        made.run()
+        assert [self.logged(made, vcpu) for vcpu in (0, 1)] == [[], [DATA]]
+
+    def test_in_other_views_too(self):
+        """A view that is added in the middle of a run logs for the vCPU at work as well."""
+        first = f"mov [{DATA}], al; mov byte ptr [{FLAG}], 1; hlt"
+        made = self.build(first, WAIT + f"vmcall; mov [{DATA}], al\n{END}")
+
+        @made.machine.on(Vmcall)
+        def switch(_exit):
+            made.machine.drain_log(vcpu=0, clean=True)
+            made.machine.views.switch(made.machine.views.add(), vcpu=1)
+
+        made.run()
+        assert [self.logged(made, vcpu) for vcpu in (0, 1)] == [[], [DATA]]
+
+    @pytest.mark.parametrize("vcpu", [-1, 2])
+    def test_there_is_none_of_a_vcpu_that_there_is_not(self, vcpu):
+        made = self.build("hlt", "hlt")
+        for act in (made.machine.log, lambda number: made.machine.drain_log(vcpu=number)):
+            with pytest.raises(OptionError, match="there are 2, counted from 0"):
+                act(vcpu)

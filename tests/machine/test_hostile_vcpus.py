@@ -10,6 +10,7 @@ from attrs import evolve
 from tiny import CODE, DATA, PAGE
 
 from vmm.cpu.events import Event, EventType, Vector
+from vmm.errors import OptionError
 from vmm.exits import Cpuid, ExternalInterrupt, Hlt, Injection, TripleFault
 from vmm.guest.manifest import CpuSpec, Limits, Schedule
 from vmm.machine import RunOptions
@@ -171,6 +172,29 @@ class TestTheHost:
         nmi = Event(Vector.NMI, EventType.NMI)
         made.machine.on(Hlt)(lambda halt: made.machine.inject(nmi) if halt.vcpu == 1 else None)
         assert (made.run().reason, made.end.detail["value"]) == ("port", 9)
+
+    @each_way
+    @pytest.mark.parametrize("vcpu", [0, 1])
+    def test_an_nmi_goes_to_the_vcpu_that_it_is_for(self, way, vcpu):
+        """Whoever is at work when the host injects it."""
+        made = build("w: nop; jmp w", "cpuid; w: nop; jmp w", way=way)
+        nmi = Event(Vector.NMI, EventType.NMI)
+        made.machine.on(Cpuid)(lambda _exit: made.machine.inject(nmi, vcpu=vcpu))
+        made.machine.observe(lambda record: made.machine.stop() if isinstance(record, Injection) else None, acts=True)
+        assert made.run().reason == "stopped"
+        assert [(record.vcpu, record.vector) for record in made.of(Injection)] == [(vcpu, Vector.NMI)]
+
+    @each_way
+    def test_an_nmi_wakes_a_halted_vcpu_that_is_not_at_work(self, way):
+        made = build(f"hlt; mov al, 7; {tiny.END}", "mov ecx, 100; l: dec ecx; jnz l; cpuid; w: jmp w", way=way)
+        nmi = Event(Vector.NMI, EventType.NMI)
+        made.machine.on(Cpuid)(lambda _exit: made.machine.inject(nmi, vcpu=0))
+        assert (made.run().reason, made.end.detail["value"]) == ("port", 7)
+
+    @pytest.mark.parametrize("vcpu", [-1, 2])
+    def test_there_is_no_injecting_into_a_vcpu_that_there_is_not(self, vcpu):
+        with pytest.raises(OptionError, match=f"vCPU {vcpu}; there are 2, counted from 0"):
+            build("hlt", "hlt").machine.inject(Event(Vector.NMI, EventType.NMI), vcpu=vcpu)
 
     @each_way
     def test_an_interrupt_goes_to_the_vcpu_that_it_is_for(self, way):

@@ -33,20 +33,25 @@ def entry(linear: int) -> int:
 
 
 def build(
-    source: str, *, options: RunOptions = WAYS["audited"], flags: int = WRITABLE, extra=None, **rest
+    source: str, *, options: RunOptions = WAYS["audited"], flags: int = WRITABLE, extra=None, tables=None, **rest
 ) -> tiny.Tiny:
-    """``source`` runs with paging on, and ends the run; the page under test has these flags."""
+    """``source`` runs with paging on, and ends the run; the page under test has these flags.
+
+    ``extra`` is more code, ``tables`` more data, by GPA.
+    """
     table = [page * PAGE | PRESENT | WRITABLE for page in range(256)]
+    table += [0] * 256 + [page * PAGE | PRESENT | WRITABLE for page in range(512, 528)]  # the GDT and its like
     table[PAGE_UNDER_TEST >> 12] = PLACE | PRESENT | flags
     parts = {
         CODE: PAGING + source + "\nmov al, 0\n" + tiny.END,
         DIRECTORY: struct.pack("<I", TABLE | PRESENT | WRITABLE | USER),
-        TABLE: struct.pack("<256I", *table),
+        TABLE: struct.pack("<528I", *table),
         PLACE: struct.pack("<I", 0x11111111),
         OTHER_PLACE: struct.pack("<I", 0x22222222),
     }
     code = [CODE, *(extra or {})]
-    return tiny.build({**parts, **(extra or {})}, mode="protected", paging=False, code=code, options=options, **rest)
+    parts |= {**(extra or {}), **(tables or {})}
+    return tiny.build(parts, mode="protected", paging=False, code=code, options=options, **rest)
 
 
 def run(source: str, **rest) -> tiny.Tiny:

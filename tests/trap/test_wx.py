@@ -367,8 +367,8 @@ class TestTracking:
         assert made.run().detail["value"] == 9
         frame = made.machine.frames.at(FIRST)
         assert made.machine.read(FIRST, 1) == b"\x01"
-        assert len(frame.used) <= MAX_ALIASES
-        assert len(frame.judged) <= 2 * MAX_ALIASES
+        assert len(frame.uses.used) <= MAX_ALIASES
+        assert len(frame.uses.judged) <= 2 * MAX_ALIASES
 
 
 class TestHost:

@@ -27,6 +27,9 @@ class Sanitizer:
         self.sides: Final = sides
         #: Executions of stale instructions so far.
         self.found = 0
+        #: Of them those of what another vCPU has written. Its model permits them until the vCPU synchronises, and a
+        #: protocol for cross-modifying code may count on that (SDM vol. 3, 9.1.3), so that they are no mistake as such.
+        self.of_others = 0
         self._memory = memory
         self._frames = frames
         self._reporter = reporter
@@ -80,9 +83,10 @@ class Sanitizer:
             missing=_MISSING[self.model],
         )
 
-    def report(self, found: StaleExecution) -> bool:
-        """It was executed; False if the run's budget is used up."""
+    def report(self, found: StaleExecution, vcpu: int) -> bool:
+        """A vCPU has executed it; False if the run's budget is used up."""
         self.found += 1
+        self.of_others += found.writer is not None and found.writer_vcpu != vcpu
         self._reporter.charge()
         if self._reporter.observed:
             self._reporter.emit(found)

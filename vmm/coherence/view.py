@@ -36,7 +36,7 @@ class FetchView:
 
     def report(self, found: StaleExecution) -> bool:
         """It was executed; False if the run's budget is used up."""
-        return self.sanitizer.report(found)
+        return self.sanitizer.report(found, self.number)
 
     def synchronised(self, code: bytes, bits: int, line: Callable[[], int | None]) -> None:
         """The vCPU has completed the instruction at the start of ``code``; ``line`` finds the HPA that it names."""

@@ -17,6 +17,7 @@ from vmm.commands.outputs import STDOUT, OutputFile, Outputs
 from vmm.commands.progress import Progress
 from vmm.commands.screen import Screen, standard_error, standard_output
 from vmm.commands.summary import add_row, introduce, summarize
+from vmm.commands.views import show_views
 from vmm.devices.uart import BACKLOG
 from vmm.errors import GuestError, OptionError
 from vmm.exits import End
@@ -56,6 +57,8 @@ class RunRequest:
     check: bool = False
     no_traps: bool = False
     blocks: bool = False
+    #: Show where the views of the EPT differ at the end.
+    views: bool = False
     quiet: bool = False
     everything: bool = False
     #: Where to write the symbols that a Linux kernel has in its memory at the end.
@@ -256,6 +259,9 @@ class _Run:
         elif self.request.live and not self.request.quiet:
             self.screen.write("\r\n" if sys.stdout.isatty() else "\n")
             self._summarize(outcome, verdict)
+        if self.request.views:
+            show_views(self.machine, self.screen.painter)
+            self.screen.flush()
         self._complain(outcome, verdict)
         if outcome.status is Status.OK and verdict is not None and not verdict.ok:
             return Status.WRONG

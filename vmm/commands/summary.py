@@ -9,6 +9,7 @@ from vmm.outcome import Outcome, Status
 from vmm.trace.painter import Painter, Style
 
 if TYPE_CHECKING:
+    from vmm.coherence import Sanitizer
     from vmm.machine import Machine
 
 _TEXT_LINES: Final = 40
@@ -38,13 +39,20 @@ def summarize(machine: Machine, outcome: Outcome, painter: Painter, *, printed: 
     _row("patches", _patches(machine), painter)
     _row("blocks", _blocks(machine), painter)
     if machine.sanitizer is not None:
-        found = machine.sanitizer.found
-        words = f"{found:,} execution{'' if found == 1 else 's'} of stale code ({machine.sanitizer.model.value})"
-        _row("stale", words, painter, Style.BAD if found else Style.GOOD)
+        _row("stale", _stale(machine.sanitizer), painter, Style.BAD if machine.stale else Style.GOOD)
     if machine.tlb is not None:
         used = machine.tlb.found
         words = f"{used:,} use{'' if used == 1 else 's'} of stale translations"
         _row("TLB", words, painter, Style.BAD if used else Style.GOOD)
+
+
+def _stale(sanitizer: Sanitizer) -> str:
+    found, permitted = sanitizer.found, sanitizer.of_others
+    words = f"{found:,} execution{'' if found == 1 else 's'} of stale code ({sanitizer.model.value})"
+    if not permitted:
+        return words
+    which = "all" if permitted == found else f"{permitted:,}"
+    return f"{words}; {which} of what another vCPU wrote, as the model permits"
 
 
 def add_row(label: str, text: str, painter: Painter, *, good: bool = True) -> None:

@@ -61,8 +61,8 @@ class ExtendedPageTables:
     def __init__(self, profile: EptProfile | None = None, *, host_size: int = 1 << 52) -> None:
         self.profile: Final = profile or EptProfile()
         self.rules: Final = EntryRules.of(self.profile)
-        #: Told of each ``write_entry``: the level, and the first GPA that the entry translates.
-        self.entry_written: Callable[[int, int], None] | None = None
+        #: Told of each ``write_entry``: the EPTP, the level, and the first GPA that the entry translates.
+        self.entry_written: Callable[[int, int, int], None] | None = None
         self._structures = PagingStructures(self.rules, host_size)
         #: Sub-page write permissions; None without that control.
         self.sub_pages = (
@@ -77,7 +77,7 @@ class ExtendedPageTables:
         self._present: Final = self.rules.present
         self._needs_read: Final = self.rules.needs_read
         self._clean: Final = CLEAN if self.profile.accessed_dirty else 0
-        #: Gets each page whose dirty flag is set; None if nothing is logged.
+        #: Gets each page whose dirty flag is set: the log of the vCPU at work. None if nothing is logged.
         self.log = PageModificationLog() if self._clean and self.profile.page_modification_log else None
         self._pte_reserved: Final = self.rules.level(1).leaf_reserved
         #: For ``protect``, a short cut: the bits of a PTE that decide about misconfigurations, besides permissions; and
@@ -262,7 +262,7 @@ class ExtendedPageTables:
         table[gpa >> shift_of(level) & ENTRIES - 1] = raw
         self._forget(gpa & page_mask(level), 1 << shift_of(level))
         if self.entry_written is not None:
-            self.entry_written(level, gpa & page_mask(level))
+            self.entry_written(self.eptp, level, gpa & page_mask(level))
 
     def map(self, gpa: int, hpa: int, permissions: Permission, *, size: int = PAGE) -> None:
         """Map one page of ``size`` bytes (4 KiB, 2 MiB or 1 GiB) at ``gpa`` to ``hpa``, as write-back memory.

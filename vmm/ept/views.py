@@ -91,7 +91,7 @@ class Views:
             number, of.ept.copy(ROOT + number * _ROOM), dict(of.limits), dict(of.hosts), set(of.convertible)
         )
         for gpa, hpa in made.hosts.items():
-            self._frames.at(hpa).elsewhere.append((number, gpa))
+            self._frames.at(hpa).elsewhere += ((number, gpa),)
         self.all.append(made)
         for view in self.all:
             view.shown = view.number
@@ -140,7 +140,16 @@ class Views:
     def guard_sub_pages(self, frame: Frame) -> None:
         """Have sub-page permissions decide about stores to a guarded frame, in every view that lets it be written."""
         for view, gpa in self.places(frame):
-            view.ept.guard_sub_pages(gpa, guarded=frame.guarded and bool(view.limit(gpa) & Permission.W))
+            _guard(view, gpa, frame)
+
+    def guards_another(self, gpa: int, frame: Frame, writable: int, views: Iterable[View]) -> bool:
+        """Whether a page leads to another guarded frame in one of these views, with other sub-pages to be written.
+
+        The sub-page permission table goes by GPA and is one for all views, so that both cannot be.
+        """
+        hosts = (view.ept.host_page(gpa) for view in views)
+        others = (self._frames.at(host) for host in hosts if host is not None and host != frame.hpa)
+        return any(other.guarded and other.writable != writable for other in others)
 
     def map(self, gpa: int, frame: Frame) -> None:
         """Have a GPA lead to a frame in every view that does not have it lead elsewhere."""
@@ -158,26 +167,41 @@ class Views:
         (view.convertible.add if convertible else view.convertible.discard)(gpa)
         hpa = view.ept.host_page(gpa)
         if hpa is not None:
-            self._put(view, gpa, self._frames.at(hpa))
+            frame = self._frames.at(hpa)
+            view.ept.protect(gpa, within(view, gpa, self._allowed(frame)))
+            self._mark(view, gpa, frame)
 
     def remap(self, view: View, gpa: int, frame: Frame) -> None:
         """Have a page lead to a frame in a view; to the one that it leads to in view 0, as everywhere else again."""
         self.plain = False
         before = view.hosts.pop(gpa, None)
         if before is not None:
-            self._frames.at(before).elsewhere.remove((view.number, gpa))
+            left = self._frames.at(before)
+            left.elsewhere = tuple(place for place in left.elsewhere if place != (view.number, gpa))
         if view.number and gpa not in frame.gpas:
             view.hosts[gpa] = frame.hpa
-            frame.elsewhere.append((view.number, gpa))
+            frame.elsewhere += ((view.number, gpa),)
         self._put(view, gpa, frame)
 
     def _put(self, view: View, gpa: int, frame: Frame) -> None:
         """The entry of a page from all that is known of it."""
         view.ept.map(gpa, frame.hpa, within(view, gpa, self._allowed(frame)))
+        self._mark(view, gpa, frame)
+
+    @staticmethod
+    def _mark(view: View, gpa: int, frame: Frame) -> None:
+        """Bits 61 and 63 of the entry of a page."""
         if frame.guarded:
-            view.ept.guard_sub_pages(gpa, guarded=bool(view.limit(gpa) & Permission.W))
+            _guard(view, gpa, frame)
         if view.ept.profile.virtualization_exceptions:
             view.ept.suppress(gpa, on=gpa not in view.convertible)
+
+
+def _guard(view: View, gpa: int, frame: Frame) -> None:
+    """The sub-page bit of an entry, and what the table says of the page; a guarded frame maps 4 KiB everywhere."""
+    view.ept.guard_sub_pages(gpa, guarded=frame.guarded and bool(view.limit(gpa) & Permission.W))
+    if frame.guarded and view.ept.sub_pages is not None:
+        view.ept.sub_pages.permit(gpa, frame.writable)
 
 
 def within(view: View, gpa: int, permissions: Permission) -> Permission:

@@ -164,12 +164,16 @@ class Reveal(Input):
 
 @frozen(slots=True)
 class DrainLog(Input):
-    """The host emptied the page-modification log, and if ``clean`` cleared the dirty flags of the pages in it."""
+    """The host emptied the page-modification log of a vCPU, and if ``clean`` cleared the dirty flags of its pages.
+
+    A ``vcpu`` of None, in old traces, is the one at work.
+    """
 
     name: ClassVar[str] = "drain"
 
     clean: bool
+    vcpu: int | None = None
 
     def apply(self, machine: Machine) -> None:
         """Empty it."""
-        machine.drain_log(clean=self.clean)
+        machine.drain_log(clean=self.clean, vcpu=self.vcpu)

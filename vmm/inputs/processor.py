@@ -49,15 +49,16 @@ class Answer(Input):
 
 @frozen(slots=True)
 class Inject(Input):
-    """An event for the next VM entry."""
+    """An event for the next VM entry of a vCPU; None, in old traces: of the one at work."""
 
     name: ClassVar[str] = "inject"
 
     event: Event
+    vcpu: int | None = None
 
     def apply(self, machine: Machine) -> None:
         """Inject."""
-        machine.inject(self.event)
+        machine.inject(self.event, vcpu=self.vcpu)
 
 
 @frozen(slots=True)

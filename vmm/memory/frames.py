@@ -42,6 +42,24 @@ class FrameState(enum.Enum):
     SEALED = "sealed"
 
 
+#: (CR3, GVA page) pairs, in the order in which they were seen.
+Aliases = dict[tuple[int, int], None]
+#: Of a frame that was reached by none; there are many, so that each costs as little as can be.
+_NO_ALIASES: Final[Aliases] = {}
+
+
+@define(slots=True, eq=False)
+class Uses:
+    """Under a W^X policy: the aliases by which a frame was written or fetched so far, and what was judged.
+
+    ``judged`` are the uses of a permission, as (CR3, GVA page, access), that the policy has seen since the frame came
+    into its state.
+    """
+
+    used: Aliases = field(factory=dict)
+    judged: set[tuple[int, int, int]] = field(factory=set)
+
+
 @define(slots=True, eq=False)
 class Frame:
     """One frame. ``gpas`` are the pages that the EPT maps to it, ``linear`` the (CR3, GVA page) pairs seen.
@@ -57,8 +75,8 @@ class Frame:
     #: While the state is "stepping": bits 2:0 of its EPT entries.
     opened: int = 0
     gpas: list[int] = field(factory=list)
-    elsewhere: list[tuple[int, int]] = field(factory=list)
-    linear: dict[tuple[int, int], None] = field(factory=dict)
+    elsewhere: tuple[tuple[int, int], ...] = ()
+    linear: Aliases = field(default=_NO_ALIASES)
     #: Contents when the window was opened.
     before: bytes = b""
     #: Whether code reads were granted (policy), so that the frame is R-X instead of --X.
@@ -67,13 +85,12 @@ class Frame:
     overridden: bool = False
     #: Whether stores to it are judged by the sub-page permission table, so that it is R-- where it would be RW-.
     guarded: bool = False
+    #: Of a guarded frame: the sub-pages that may be written, as 32 bits.
+    writable: int = 0
     #: Writes trapped since the frame became code, and reads trapped so far, for the adaptive policy.
     traps: int = 0
     reads: int = 0
-    #: Under a W^X policy: the aliases by which it was written or fetched so far, and the uses of a permission, as
-    #: (CR3, GVA page, access), that the policy has seen since the frame came into its state.
-    used: dict[tuple[int, int], None] = field(factory=dict)
-    judged: set[tuple[int, int, int]] = field(factory=set)
+    _uses: Uses | None = None
 
     @property
     def lasting(self) -> FrameState:
@@ -82,10 +99,24 @@ class Frame:
 
     def learn(self, root: int, page: int) -> None:
         """Remember that a linear page of the address space ``root`` reached this frame."""
+        if self.linear is _NO_ALIASES:
+            self.linear = {}
         _remember(self.linear, (root, page))
 
+    @property
+    def uses(self) -> Uses:
+        """What a W^X policy has seen of it."""
+        if self._uses is None:
+            self._uses = Uses()
+        return self._uses
 
-def _remember(aliases: dict[tuple[int, int], None], key: tuple[int, int]) -> None:
+    def judge_again(self) -> None:
+        """Have a W^X policy judge each use of a permission anew."""
+        if self._uses is not None:
+            self._uses.judged.clear()
+
+
+def _remember(aliases: Aliases, key: tuple[int, int]) -> None:
     """Add one; the oldest goes if they are too many."""
     if key not in aliases:
         if len(aliases) >= MAX_ALIASES:
@@ -103,7 +134,7 @@ class Frames:
         self._ram = ram
         self._system_gpa = system_gpa
         self._frames: dict[int, Frame] = {}
-        self._regions: dict[int, dict[tuple[int, int], None]] = {}
+        self._regions: dict[int, Aliases] = {}
 
     def at(self, hpa: int) -> Frame:
         """The frame that holds an HPA."""

@@ -11,6 +11,7 @@ from vmm.ept.bits import WRITE as _WRITE
 from vmm.errors import GuestError
 
 if TYPE_CHECKING:
+    from vmm.ept.views import View
     from vmm.tlb.mappings import EntryRead, Mapping
 
 
@@ -123,7 +124,8 @@ class Unflushed:
 class StaleUse:
     """Strict staleness: only a stale mapping allows the access, or takes it where it goes.
 
-    ``cached`` is the first entry that the mapping was made from and that is another by ``now``.
+    ``cached`` is the first entry that the mapping was made from and that is another by ``now``, in the view of the EPT
+    that is in use.
     """
 
     page: int
@@ -131,6 +133,7 @@ class StaleUse:
     mapping: Mapping
     cached: EntryRead
     now: int
+    view: View
 
 
 #: Of strict staleness.

@@ -120,6 +120,11 @@ class Mmu:
         self._mode_of: tuple[int, int, int] = (-1, 0, 0)
         self._mode = PagingMode.of(0, 0, 0)
 
+    @property
+    def pc(self) -> int:
+        """The linear address of the instruction that the vCPU is at."""
+        return self._context.pc
+
     def use(self, view: View) -> None:
         """Translate by another view from now on; the engines' TLBs are for the caller to flush."""
         self.view = view
@@ -229,7 +234,7 @@ class Mmu:
     def is_unjudged(self, control: Control, page: int, access: int, gpa: int, leaf: int) -> bool:
         """Whether the W^X policy must see this use of a permission first; that is then the ``refusal``."""
         root, host = space_of(control[0], control[1]), leaf & LEAF_ADDRESS
-        if access == READ or (root, page, access) in self._frames.at(host).judged:
+        if access == READ or (root, page, access) in self._frames.at(host).uses.judged:
             return False
         self.refusal = Unjudged(page, access, gpa, root, host)
         return True

@@ -84,7 +84,10 @@ def _bits(high: int, low: int) -> int:
 
 
 class Step(NamedTuple):
-    """One level of the walk. An entry is good if ``entry & check == P``: present, no reserved bit set."""
+    """One level of the walk. An entry is good if ``entry & check == P``: present, no reserved bit set.
+
+    With ``table_check`` it is one that refers to a table, or that of a page table.
+    """
 
     #: ``gva >> shift & index_mask`` is the entry's offset in its table, in bytes.
     shift: int
@@ -191,8 +194,9 @@ def _steps(mode: PagingMode) -> tuple[Step, ...]:
 def _steps_of_4_byte_entries(mode: PagingMode) -> tuple[Step, ...]:
     # PSE-36 is always there (CPUID.01H:EDX[17]), and so is the PAT.
     reserved_4_mib = _bits(21, min(40, mode.maxphyaddr) - 19)
+    large = PS if mode.pse else 0
     return (
-        Step(20, PS if mode.pse else 0, P, P | reserved_4_mib, OFFSET_4_MIB),
+        Step(20, large, P | large, P | reserved_4_mib, OFFSET_4_MIB),
         Step(10, P, P, P, 0xFFF),
     )
 
@@ -204,8 +208,8 @@ def _steps_of_8_byte_entries(mode: PagingMode) -> tuple[Step, ...]:
     steps = (
         Step(45, 0, good | PS, 0, 0),
         Step(36, 0, good | PS, 0, 0),
-        Step(27, PS, good, good | _bits(29, 13), _bits(29, 0)) if gib else Step(27, 0, good | PS, 0, 0),
-        Step(18, PS, good, good | _bits(20, 13), _bits(20, 0)),
+        Step(27, PS, good | PS, good | _bits(29, 13), _bits(29, 0)) if gib else Step(27, 0, good | PS, 0, 0),
+        Step(18, PS, good | PS, good | _bits(20, 13), _bits(20, 0)),
         Step(9, P, good, good, 0xFFF),
     )
     return steps[3:] if pae else steps[-mode.levels :]

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from vmm.paging.access import Access, EntryChanged, ErrorCode, PageFault, PhysicalMemory, Translation
 from vmm.paging.mode import OFFSET_4_MIB, A, D, G, P, PagingMode, high_bits_of_4_mib_page
-from vmm.paging.rights import SUPERVISOR, SUPERVISOR_AC, USER
+from vmm.paging.rights import SUPERVISOR, SUPERVISOR_AC, USER, Rights
 
 #: How often a walk starts over because an entry changed under it, before it gives up.
 _ATTEMPTS = 64
@@ -16,7 +16,7 @@ _NOT_PRESENT = 0
 _RESERVED = int(ErrorCode.PRESENT | ErrorCode.RESERVED)
 _DENIED = int(ErrorCode.PRESENT)
 
-_WRITE = Access.WRITE
+_FLAGS = {Access.READ: A, Access.WRITE: A | D, Access.FETCH: A}
 _translation = Translation._make  # half the time of calling the class; the walk is on the path of every fill
 
 
@@ -35,79 +35,63 @@ def walk(
 ) -> Translation:
     """Translate ``gva`` for one access and set the accessed and dirty flags that it sets.
 
-    ``user`` is CPL = 3; ``ac`` is RFLAGS.AC; ``implicit`` marks an access to a system structure (GDT, IDT,
-    TSS), which is a supervisor-mode one at any CPL and ignores AC. ``gva`` must be canonical in 4- and
-    5-level paging (its upper bits take no part in the walk); in the other modes bits 63:32 are ignored. PCID
-    and cache bits of CR3 are ignored. With ``set_bits`` false nothing is stored, and ``writable`` is only
-    true of a page that is dirty already. ``trail``, an empty list, gets (GPA, entry) of all that was read, unless flags
-    had to be set.
+    ``user`` is CPL = 3; ``ac`` is RFLAGS.AC; ``implicit`` marks an access to a system structure (GDT, IDT, TSS), which
+    is a supervisor-mode one at any CPL and ignores AC. ``gva`` must be canonical in 4- and 5-level paging (its upper
+    bits take no part in the walk); in the other modes bits 63:32 are ignored. PCID and cache bits of CR3 are ignored.
+    With ``set_bits`` false nothing is stored, and ``writable`` is only true of a page that is dirty already. ``trail``,
+    an empty list, gets (GPA, entry) of all that was read, unless flags had to be set.
 
-    Raises :class:`PageFault`, and whatever ``memory`` raises. No flag is set before every check has passed;
-    the manual leaves open whether a walk that faults sets A in the entries that it has used.
+    Raises :class:`PageFault`, and whatever ``memory`` raises. No flag is set before every check has passed; the manual
+    leaves open whether a walk that faults sets A in the entries that it has used.
     """
     gva &= mode.linear_mask
     if not mode.levels:
         return _untranslated(gva)
     if implicit:
         user = ac = False
-    load, size, steps = memory.load, mode.entry_size, mode.steps
-    address_mask, index_mask = mode.address_mask, mode.index_mask
+    load, size, address_mask, index_mask = memory.load, mode.entry_size, mode.address_mask, mode.index_mask
     attempts = 0
     while True:
         entry = cr3 if mode.levels != 3 else _load_pdpte(memory, mode, cr3, gva, access, user=user)
         every, some = -1, 0
         used = []
-        for shift, leaf_bit, table_check, leaf_check, offset in steps:  # noqa: B007 - needed after the loop
+        for shift, leaf_bit, table_check, leaf_check, offset in mode.steps:  # noqa: B007 - needed after the loop
             where = entry & address_mask | gva >> shift & index_mask
             entry = load(where, size)
             used.append((where, entry))
             every &= entry
             some |= entry
-            if entry & leaf_bit:
-                if entry & leaf_check != P:
-                    _no_translation(mode, entry, gva, access, user=user)
+            if entry & table_check == P:
+                continue  # the next level, or with the entry of a page table the end
+            if entry & leaf_bit and entry & leaf_check == P:
                 break
-            if entry & table_check != P:
-                _no_translation(mode, entry, gva, access, user=user)
-
+            _no_translation(mode, entry, gva, access, user=user)
         who = USER if user else SUPERVISOR_AC if ac else SUPERVISOR
-        allowed, readable, writable, executable, user_page, nx, ac_dependent, read_write = mode.rights[who][
-            every >> 1 & 3 | some >> 61 & 4
-        ]
-        if not allowed >> access & 1:
+        rights = mode.rights[who][every >> 1 & 3 | some >> 61 & 4]
+        if not rights[0] >> access & 1:
             _fault(mode, _DENIED, gva, access, user=user)
 
-        flags = A | D if access == _WRITE else A
+        flags = _FLAGS[access]
         if set_bits and (not every & A or entry & flags != flags):
             attempts += 1
             if not _set_flags(memory, size, used, flags, last=attempts == _ATTEMPTS):
                 continue
-            entry |= flags
-            used.clear()
-        _tell(trail, used)
-
-        gpa = entry & address_mask & ~offset | gva & offset & ~0xFFF
-        if offset == OFFSET_4_MIB:
-            gpa |= high_bits_of_4_mib_page(entry)
-        return _translation(
-            (
-                gpa,
-                readable,
-                writable and entry & D != 0,
-                executable,
-                offset + 1,
-                user_page,
-                entry & G != 0 and mode.pge,
-                nx,
-                ac_dependent,
-                read_write,
-            )
-        )
+            entry, used = entry | flags, []
+        if trail is not None:
+            trail += used
+        return _result(mode, entry, gva, offset, rights)
 
 
-def _tell(trail: list[tuple[int, int]] | None, used: list[tuple[int, int]]) -> None:
-    if trail is not None:
-        trail += used
+def _result(mode: PagingMode, entry: int, gva: int, offset: int, rights: Rights) -> Translation:
+    """What a leaf gives."""
+    _, readable, writable, executable, user_page, nx, ac_dependent, read_write = rights
+    gpa = entry & mode.address_mask & ~offset | gva & offset & ~0xFFF
+    if offset == OFFSET_4_MIB:
+        gpa |= high_bits_of_4_mib_page(entry)
+    if writable and not entry & D:
+        writable = False
+    size, global_ = offset + 1, entry & G != 0 and mode.pge
+    return _translation((gpa, readable, writable, executable, size, user_page, global_, nx, ac_dependent, read_write))
 
 
 def _untranslated(gva: int) -> Translation:

@@ -11,6 +11,7 @@ combined        VPID, PCID (or global), EPTRTA   INVEPT; INVVPID; INVLPG, MOV to
 Nothing else drops a mapping, but want of room. A mapping is kept for 4 KiB, also of a larger page. The VPID is that of
 the vCPU, which runs on a logical processor of its own. One deviation keeps the trap invisible to guests: an EPT
 violation, or a change of an entry by the trap itself, drops of a combined mapping only what the EPT had to say.
+A combined mapping also rests on what the EPT said of the paging structures that were read for it.
 """
 
 from __future__ import annotations
@@ -65,6 +66,16 @@ class EntryRead:
     raw: int
     #: Of an EPT entry: whether it maps a page rather than refers to a table.
     maps_page: bool = False
+    #: Of an entry of the guest: where it lies in memory, -1 if the walk did not get there.
+    hpa: int = -1
+
+
+@frozen(slots=True)
+class StructureRead:
+    """An entry of the guest's, and the EPT's entries for the place where it lies."""
+
+    entry: EntryRead
+    ept_entries: tuple[EntryRead, ...]
 
 
 @define(slots=True, eq=False)
@@ -78,7 +89,7 @@ class Mapping:
     translation: Translation
     leaf: int
     dirty: bool
-    guest_entries: tuple[EntryRead, ...]
+    guest_entries: tuple[StructureRead, ...]
     ept_entries: tuple[EntryRead, ...]
     #: The number of changes of entries (``StrictTlb.changes``) up to which it is known to be what the tables say.
     known_at: int
@@ -188,6 +199,16 @@ class CachedMappings:
         kept = (UNPAGED, GLOBAL) if retaining_globals else (UNPAGED,)
         self._drop(lambda key, _: key[1] not in kept)
 
+    def invept_page(self, eptrta: int | None, gpa: int) -> None:
+        """Of an INVEPT, what a change of the entry of one page asks for, in one EPTRTA or with None in all of them.
+
+        Besides what is cached of the EPT for the page, that is every combined mapping whose walk went through it.
+        """
+        for key in [key for key in self._guest_physical if key[1] == gpa and eptrta in (None, key[0])]:
+            del self._guest_physical[key]
+        self._drop(lambda key, mapping: eptrta in (None, key[0]) and _is_walked_through(mapping, gpa))
+        self._drop_second_stage(lambda key, mapping: eptrta in (None, key[0]) and mapping.translation.gpa == gpa)
+
     def invalidate_gpa(self, gpa: int) -> None:
         """What the VMM's trap invalidates when it changes the entry of a page: what is cached of the EPT for it."""
         for key in [key for key in self._guest_physical if key[1] == gpa]:
@@ -202,6 +223,11 @@ class CachedMappings:
     def _drop(self, wanted: Callable[[Key, Mapping], bool]) -> None:
         for key in [key for key, mapping in self._combined.items() if wanted(key, mapping)]:
             del self._combined[key]
+
+
+def _is_walked_through(mapping: Mapping, gpa: int) -> bool:
+    """Whether an entry that a mapping was made from lies in the page at ``gpa``."""
+    return any(read.entry.place & -PAGE == gpa for read in mapping.guest_entries)
 
 
 def _holds(mapping: Mapping, page: int, linear: int) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from attrs import evolve
+
 from vmm.cpu.engine import FETCH, READ, WRITE, Engine, R, W, X
 from vmm.cpu.free import FreeRunningEngine
 from vmm.ept import CLEAN, HELD, MISCONFIGURED
 from vmm.ept.bits import ADDRESS_MASK, page_mask
 from vmm.ept.entry import NAMES, maps_page
 from vmm.memory import PAGE
+from vmm.memory.frames import FrameState
 from vmm.mmu import Mmu
 from vmm.mmu.refusals import PagingStructureViolation, StaleUse, Stepwise, Unflushed, Violation
 from vmm.mmu.structures import NO_WRITER
@@ -17,7 +20,7 @@ from vmm.mmu.translation import ACCESSES
 from vmm.paging import Translation, entries
 from vmm.paging.mode import CR0_USED, CR4_USED, EFER_USED, XD, D
 from vmm.paging.rights import SUPERVISOR, USER
-from vmm.tlb.mappings import CachedMappings, EntryRead, GuestPhysical, Mapping, tag_of
+from vmm.tlb.mappings import CachedMappings, EntryRead, GuestPhysical, Mapping, StructureRead, tag_of
 from vmm.tlb.strict import StrictTlb
 
 if TYPE_CHECKING:
@@ -36,9 +39,8 @@ _EPT_FLAGS: Final = 1 << 8 | 1 << 9
 
 
 class _Tables(NamedTuple):
-    """What the tables say of a linear page now: the entries, and what is allowed of the page where it leads."""
+    """What the tables say of a linear page now: the EPT's entries, and what is allowed of the page where it leads."""
 
-    guest: tuple[EntryRead, ...]
     ept: tuple[EntryRead, ...]
     #: The GPA of the page, None where it leads nowhere, and what the EPT says of it.
     gpa: int | None
@@ -62,6 +64,8 @@ class StrictMmu(Mmu):
     ) -> None:
         super().__init__(memory, view, frames, context)
         self.cached: Final = CachedMappings(vpid=number + 1)
+        #: What the last fill was served from.
+        self._served: Mapping | None = None
         self._tlb = tlb
         tlb.processors.append(self.cached)
 
@@ -80,9 +84,20 @@ class StrictMmu(Mmu):
             return None
         return translation._replace(writable=False), leaf
 
+    def used(self, page: int, access: int, gpa: int, leaf: int) -> int:
+        """As ``Mmu.used``; a processor that sets a dirty flag has cached the entry with it."""
+        found = super().used(page, access, gpa, leaf)
+        if access == WRITE and found and self._served is not None:
+            self._served.leaf = found
+            known = self.cached.find_guest_physical(self._eptrta, gpa)
+            if known is not None:
+                self.cached.keep_guest_physical(self._eptrta, gpa, evolve(known, leaf=found))
+        return found
+
     def _translate(
         self, control: Control, page: int, access: int, engine: Engine
     ) -> tuple[Translation, int] | None:
+        self._served = None
         cr0, cr3, cr4, efer, _ = control
         if self._mode_of != (cr0 & CR0_USED, cr4 & CR4_USED, efer & EFER_USED):
             self._select_mode(cr0, cr4, efer)
@@ -112,7 +127,10 @@ class StrictMmu(Mmu):
         if known is None:
             return super()._peek_fetch(gva)
         host = known.leaf & ADDRESS_MASK or self._ept.host_page(known.translation.gpa)
-        return None if host is None else host | gva & _OFFSET
+        if host is None:
+            return None
+        side = self.fetch_side
+        return host | gva & _OFFSET if side is None else side.host(host | gva & _OFFSET)
 
     # What is not cached
 
@@ -150,8 +168,7 @@ class StrictMmu(Mmu):
         """Make the combined mapping, and use it."""
         read = self._guest_entries(control[1], page)
         dirty = bool(not read or read[-1].raw & D)
-        guest = tuple(EntryRead(entry.name, entry.gpa, entry.raw) for entry in read)
-        mapping = Mapping(translation, by_ept.leaf, dirty, guest, by_ept.entries, by_ept.known_at)
+        mapping = Mapping(translation, by_ept.leaf, dirty, self._structures_read(read), by_ept.entries, by_ept.known_at)
         room = self.cached.keep(self._eptrta, tag_of(*control[:3]), page, mapping)
         fresh = [self._watch(entry.gpa) for entry in read]
         if any(fresh) or not room:
@@ -161,7 +178,7 @@ class StrictMmu(Mmu):
 
     def _watch(self, gpa: int) -> bool:
         host = self._ept.host_page(gpa)
-        return host is not None and self._tlb.watch(host, gpa & -PAGE)
+        return host is not None and self._tlb.watch(host)
 
     # What is cached
 
@@ -199,14 +216,15 @@ class StrictMmu(Mmu):
         allowed = self._rights(mapping.translation, control)
         if mapping.known_at != self._tlb.changes:
             now = self._tables(control, page)
-            differing = _difference(mapping, now)
+            differing = self._difference(mapping, now)
             if differing is None:
                 mapping.known_at = self._tlb.changes
             else:
                 allowed &= self._owed_to_nobody(mapping, now) | mapping.relied_on | mapping.relied_on_ept
                 if not allowed >> ACCESSES[access] & 1:
-                    self.refusal = StaleUse(page, access, mapping, *differing)
+                    self.refusal = StaleUse(page, access, mapping, *differing, self.view)
                     return None
+        self._served = mapping
         readable, writable, executable = (bool(allowed >> bit & 1) for bit in range(3))
         translation = mapping.translation._replace(
             readable=readable, writable=writable and mapping.dirty, executable=executable
@@ -218,14 +236,50 @@ class StrictMmu(Mmu):
         same = now.gpa == mapping.translation.gpa and (now.leaf ^ mapping.leaf) & ADDRESS_MASK == 0
         return now.allowed if same else 0
 
+    def _difference(self, mapping: Mapping, now: _Tables) -> tuple[EntryRead, int] | None:
+        """The first entry that a mapping was made from and that is another now, and what it is; None if none counts."""
+        size = self._mode.entry_size
+        for read in mapping.guest_entries:
+            entry, host = read.entry, self._host_of_structure(read.entry.place)
+            if host != entry.hpa:
+                return _ept_difference(read.ept_entries, self._ept_entries(entry.place))
+            raw = int.from_bytes(self._memory.read(host, size), "little")
+            if (entry.raw ^ raw) & ~_GUEST_FLAGS:
+                return entry, raw
+        if (mapping.leaf ^ now.leaf) & ~(CLEAN | HELD) == 0 or not now.ept:
+            return None
+        return _ept_difference(mapping.ept_entries, now.ept)
+
     # What the tables say now, without setting any flag
 
     def _guest_entries(self, cr3: int, page: int) -> list[Entry]:
+        """The entries that a walk would read; none if the EPT maps no memory to one of them."""
         try:
             with self.structures.reached_by(NO_WRITER):
                 return entries(self.structures, self._mode, cr3, page)
         except PagingStructureViolation:
             return []
+
+    def _structures_read(self, read: list[Entry]) -> tuple[StructureRead, ...]:
+        """These entries, with the EPT's entries for the places where they lie."""
+        return tuple(
+            StructureRead(
+                EntryRead(entry.name, entry.gpa, entry.raw, hpa=self._host_of_structure(entry.gpa)),
+                self._ept_entries(entry.gpa),
+            )
+            for entry in read
+        )
+
+    def _host_of_structure(self, gpa: int) -> int:
+        """Where a walk would read an entry at ``gpa``, an HPA; -1 if the EPT is against it, not counting the trap."""
+        needed, leaf = self.structures.needed, self._ept.look(gpa)
+        host = self._ept.host_page(gpa)
+        if host is None or leaf == MISCONFIGURED:
+            return -1
+        is_code = self._frames.at(host).state not in (FrameState.DATA, FrameState.WINDOW)
+        if leaf & needed != needed and not (is_code and self.view.can_allow(gpa, needed)):
+            return -1
+        return host | gpa & _OFFSET
 
     def _ept_entries(self, gpa: int) -> tuple[EntryRead, ...]:
         return tuple(
@@ -234,25 +288,25 @@ class StrictMmu(Mmu):
         )
 
     def _tables(self, control: Control, page: int) -> _Tables:
-        read = self._guest_entries(control[1], page)
-        guest = tuple(EntryRead(entry.name, entry.gpa, entry.raw) for entry in read)
         gpa: int | None = page
         allowed = 0b111
         if self._mode.levels:
-            gpa, allowed = self._by_guest(control, page, read)
+            gpa, allowed = self._by_guest(control, page, self._guest_entries(control[1], page))
         if gpa is None:
-            return _Tables(guest, (), None, 0, 0)
+            return _Tables((), None, 0, 0)
         leaf = self._ept.look(gpa)
         if leaf in (0, MISCONFIGURED):
-            return _Tables(guest, self._ept_entries(gpa), gpa, leaf, 0)
+            return _Tables(self._ept_entries(gpa), gpa, leaf, 0)
         fetches = leaf & self.executable == self.executable
         allowed &= bool(leaf & R) | bool(leaf & W) << 1 | fetches << 2
-        return _Tables(guest, self._ept_entries(gpa), gpa, leaf, allowed)
+        return _Tables(self._ept_entries(gpa), gpa, leaf, allowed)
 
     def _by_guest(self, control: Control, page: int, read: list[Entry]) -> tuple[int | None, int]:
         """The GPA of a linear page by these entries, and the accesses that they allow; None if they lead nowhere."""
         leaf = read[-1] if read else None
-        if leaf is None or leaf.page_size is None or leaf.reserved or not leaf.present:
+        if leaf is None or any(self._host_of_structure(entry.gpa) < 0 for entry in read):
+            return None, 0
+        if leaf.page_size is None or leaf.reserved or not leaf.present:
             return None, 0
         every, some = -1, 0
         for entry in read:
@@ -268,15 +322,10 @@ def _sets_flag(leaf: int, access: int) -> bool:
     return bool(leaf & HELD or (access == WRITE and leaf & CLEAN))
 
 
-def _difference(mapping: Mapping, now: _Tables) -> tuple[EntryRead, int] | None:
-    """The first entry that a mapping was made from and that is another now, and what it is; None if none counts."""
-    for before, after in zip(mapping.guest_entries, now.guest, strict=False):
-        if (before.raw ^ after.raw) & ~_GUEST_FLAGS:
-            return before, after.raw
-    if (mapping.leaf ^ now.leaf) & ~(CLEAN | HELD) == 0:
-        return None
-    for before, after in zip(mapping.ept_entries, now.ept, strict=False):
-        if (before.raw ^ after.raw) & ~_EPT_FLAGS and before.maps_page == after.maps_page:
-            return before, after.raw
-    last = now.ept[-1]  # of a large page that was split
-    return EntryRead(last.name, last.place, mapping.ept_entries[-1].raw), last.raw
+def _ept_difference(before: tuple[EntryRead, ...], now: tuple[EntryRead, ...]) -> tuple[EntryRead, int]:
+    """The first entry of a walk of the EPT that is another now, and what it is."""
+    for old, new in zip(before, now, strict=False):
+        if (old.raw ^ new.raw) & ~_EPT_FLAGS and old.maps_page == new.maps_page:
+            return old, new.raw
+    last = now[-1]  # of a large page that was split
+    return EntryRead(last.name, last.place, before[-1].raw), last.raw

@@ -18,6 +18,7 @@ from iced_x86 import Decoder
 
 from vmm.cpu.engine import READ
 from vmm.decode import decode
+from vmm.ept.bits import ADDRESS_MASK
 from vmm.ept.entry import NAMES
 from vmm.exits import StaleTranslation
 from vmm.memory import PAGE
@@ -25,7 +26,7 @@ from vmm.mmu.refusals import StaleUse
 from vmm.mmu.translation import ACCESSES
 from vmm.paging import Access
 from vmm.reporter import Reporter
-from vmm.tlb.mappings import CachedMappings, EntryRead, pcid_of
+from vmm.tlb.mappings import CachedMappings, pcid_of
 
 if TYPE_CHECKING:
     from vmm.decode import Decoded
@@ -70,22 +71,22 @@ class StrictTlb:
     flush: Callable[[], None]
     #: The mappings of each vCPU, by number.
     processors: list[CachedMappings] = field(factory=list)
-    #: Frames with paging-structure entries in use: HPA of the page -> its GPA.
-    tables: dict[int, int] = field(factory=dict)
+    #: HPAs of the pages with paging-structure entries in use.
+    tables: set[int] = field(factory=set)
     #: How many changes of entries there were.
     changes: int = 0
     #: Uses that were owed to a stale mapping.
     found: int = 0
-    #: Who changed what: four bytes of a guest's entry at a GPA, as ("", GPA), and EPT entries by name and place.
-    _authors: dict[tuple[str, int], Change] = field(factory=dict)
+    #: Who changed what: four bytes of a guest's entry, as ("", 0, HPA), and EPT entries by name, EPTRTA and place.
+    _authors: dict[tuple[str, int, int], Change] = field(factory=dict)
 
     # What changes
 
-    def watch(self, hpa: int, gpa: int) -> bool:
+    def watch(self, hpa: int) -> bool:
         """Entries of a frame are in use; True if it is the first time, so that engines may have it writable."""
         if hpa in self.tables:
             return False
-        self.tables[hpa] = gpa
+        self.tables.add(hpa)
         return True
 
     def snapshot(self, hpas: Iterable[int]) -> dict[int, bytes]:
@@ -98,19 +99,15 @@ class StrictTlb:
             if hpa in self.tables and (new := self.memory.read(hpa, PAGE)) != old:
                 for at in range(0, PAGE, 4):
                     if old[at : at + 4] != new[at : at + 4]:
-                        self._note(("", self.tables[hpa] + at), rip)
+                        self._note(("", 0, hpa + at), rip)
                 self._changed()
 
-    def ept_entry_written(self, level: int, gpa: int) -> None:
-        """The host has written an EPT entry of ``level`` whose translations begin at ``gpa``."""
-        self.ept_entry_changed(f"EPT {NAMES[level]}", gpa)
-
-    def ept_entry_changed(self, name: str, gpa: int) -> None:
-        """The host has changed the EPT entry whose translations begin at ``gpa``, and has not invalidated."""
-        self._note((name, gpa), None)
+    def ept_entry_written(self, eptp: int, level: int, gpa: int) -> None:
+        """The host has changed the EPT entry of ``level`` whose translations begin at ``gpa``, without an INVEPT."""
+        self._note((f"EPT {NAMES[level]}", eptp & ADDRESS_MASK, gpa), None)
         self._changed()
 
-    def _note(self, what: tuple[str, int], rip: int | None) -> None:
+    def _note(self, what: tuple[str, int, int], rip: int | None) -> None:
         if len(self._authors) >= MAX_CHANGES:
             self._authors.clear()
         self._authors[what] = Change(rip, self.reporter.vcpu or 0, self.reporter.total)
@@ -135,6 +132,11 @@ class StrictTlb:
         """The VMM has changed the entry that maps a page, and invalidates what was cached of it."""
         for cached in self.processors:
             cached.invalidate_gpa(gpa)
+
+    def invept_page(self, eptrta: int | None, gpa: int) -> None:
+        """The host has changed the entry that maps a page in one EPT, or with None in all, and invalidates."""
+        for cached in self.processors:
+            cached.invept_page(eptrta, gpa)
 
     def invept(self, eptrta: int | None) -> None:
         """INVEPT by the host on every processor: single-context, or all-context with None."""
@@ -167,7 +169,7 @@ class StrictTlb:
         self.reporter.charge()
         if not self.reporter.observed:
             return
-        change = self._author(use.cached)
+        change = self._author(use)
         self.reporter.emit(
             StaleTranslation(
                 rip=instruction.pc,
@@ -182,11 +184,13 @@ class StrictTlb:
                 writer_vcpu=None if change is None else change.vcpu,
                 time=None if change is None else change.time,
                 missing="INVEPT" if use.cached.name.startswith("EPT") else "INVLPG",
+                view=use.view.shown,
             )
         )
 
-    def _author(self, entry: EntryRead) -> Change | None:
+    def _author(self, use: StaleUse) -> Change | None:
+        entry = use.cached
         if entry.name.startswith("EPT"):
-            return self._authors.get((entry.name, entry.place))
-        halves = (self._authors.get(("", entry.place + half)) for half in (0, 4))
+            return self._authors.get((entry.name, use.view.eptp & ADDRESS_MASK, entry.place))
+        halves = (self._authors.get(("", 0, entry.hpa + half)) for half in (0, 4))
         return next((found for found in halves if found is not None), None)

@@ -7,7 +7,7 @@ through here, so that exactly the translations of the changed bytes die and ever
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Protocol
 
 from attrs import define
@@ -57,6 +57,16 @@ class HiddenCode(Protocol):
         """A frame has come into another state."""
 
 
+class Tables(Protocol):
+    """Paging structures in use whose changes count (``vmm.tlb``)."""
+
+    def snapshot(self, hpas: Iterable[int]) -> dict[int, bytes]:
+        """The frames with entries in use among these pages, as they are."""
+
+    def written(self, before: Mapping[int, bytes], rip: int | None) -> None:
+        """The instruction at ``rip``, or the host, may have written to these frames, which held ``before``."""
+
+
 #: A change with the number of its instruction and the blocks that died of it.
 Entry = tuple[int, Change, list[Block]]
 
@@ -75,6 +85,8 @@ class Door:
         self.sanitizer: Sanitizer | None = None
         #: What is executed of frames with hidden patches; None where there is none.
         self.hidden: HiddenCode | None = None
+        #: Under strict staleness hears of what is written to paging structures in use; None without it.
+        self.tables: Tables | None = None
         #: Number of the last instruction (or host operation) that changed code bytes.
         self.instruction = 0
         #: Modifications so far.
@@ -137,11 +149,13 @@ class Door:
         """Change guest memory from outside of the guest's instructions, as one operation.
 
         Each piece is (HPA, GPA, bytes) within one frame. ``mmu`` is the address space that aliases are told of.
-        Raises ``SealedFrame``, with nothing written.
+        Raises ``SealedFrame``, with nothing written. What a page walk writes is flags, which change no translation.
         """
         for hpa, gpa, data in pieces:
             if data and self._frames.at(hpa).state is FrameState.SEALED:
                 raise SealedFrame(gpa)
+        tables = None if cause == "page walk" else self.tables
+        before = {} if tables is None else tables.snapshot(hpa for hpa, _, _ in pieces)
         changes = []
         for hpa, gpa, data in pieces:
             if self.sanitizer is not None:
@@ -155,6 +169,8 @@ class Door:
             for change in changes:
                 self.written(self._frames.at(change.hpa), cause)
         self.publish(entries, rip=None, cause=cause, mmu=mmu)
+        if tables is not None:
+            tables.written(before, None if mmu is None or cause == "host" else mmu.pc)
 
     def journal_window(self, frame: Frame, mmu: Mmu | None) -> None:
         """Journal what has changed in a frame since it became a window."""

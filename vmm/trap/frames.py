@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from vmm.ept import Permission
-from vmm.ept.sub_pages import SubPageTable
 from vmm.ept.views import Views
 from vmm.errors import InvariantError
 from vmm.exits import FrameEvent
@@ -84,7 +83,7 @@ class FrameControl:
         What was written through a window is journaled when it closes, whatever closes it.
         """
         before, frame.state = frame.state, state
-        frame.judged.clear()
+        frame.judge_again()
         if state in (FrameState.DATA, FrameState.WINDOW):
             self._blocks.invalidate(frame.hpa, PAGE, cause)
         if self.hidden is not None:
@@ -134,13 +133,12 @@ class FrameControl:
         gpa: int,
         *,
         user_execute: bool | None = None,
-        invalidate: bool = True,
     ) -> None:
         """Change what the EPT allows for one GPA of a frame, at the host's wish.
 
         A frame that is to be writable is data from then on, one that is to be executable is code. Anything less
-        restricts its state, until that changes. What was cached is invalidated unless the host does not want that;
-        with a change of state it always is.
+        restricts its state, until that changes. With a change of state what was cached is invalidated, otherwise that
+        is for the caller.
         """
         if frame.guarded:
             self._guard(frame, guarded=False)
@@ -149,21 +147,18 @@ class FrameControl:
         elif (permissions & Permission.X or user_execute) and not self._is_code(frame):
             self.move(frame, FrameState.CODE, "host")
         self._views.protect(frame, permissions, [gpa], user_execute=user_execute)
-        if invalidate and self.invalidate is not None:
-            self.invalidate(gpa)
         frame.overridden = True
         user = "" if user_execute is None else "u" if user_execute else "-"
         self._report(frame, frame.state.value, f"{permissions}{user}", "host")
         self._verify(frame)
 
-    def protect_sub_pages(self, frame: Frame, table: SubPageTable, writable: int) -> None:
+    def protect_sub_pages(self, frame: Frame, writable: int) -> None:
         """Make a frame data of which only some sub-pages may be written: those of the 32 bits of ``writable``."""
         if frame.state not in (FrameState.DATA, FrameState.WINDOW):
             self.move(frame, FrameState.DATA, "host")
         self._protect(frame, Permission.R)
+        frame.writable = writable
         self._guard(frame, guarded=True)
-        for gpa in frame.gpas:
-            table.permit(gpa, writable)
         self._report(frame, frame.state.value, f"sub-pages {writable:#x}", "host")
 
     def _guard(self, frame: Frame, *, guarded: bool) -> None:

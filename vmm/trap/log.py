@@ -1,4 +1,8 @@
-"""The VMM's side of page-modification logging: what it does when the log is full, and how the log is read."""
+"""The VMM's side of page-modification logging: what it does when a log is full, and how one is read.
+
+The PML address and the PML index are fields of the VMCS, so that each vCPU has a log of its own. Dirty flags are in the
+EPT's entries, which vCPUs share: whoever sets one has it in its log.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,25 @@ from vmm.ept.log import FIRST_INDEX
 from vmm.ept.views import Views
 from vmm.exits import ExitReason, LogEntry, PageModificationLogFull
 from vmm.reporter import Reporter
+from vmm.tlb import StrictTlb
 
 
 @define(slots=True, eq=False)
 class LogKeeper:
-    """Reads the page-modification log. ``flush`` makes every engine forget its address translations."""
+    """Reads the page-modification log of one vCPU. ``flush`` makes every engine forget its address translations."""
 
+    vcpu: int
     log: PageModificationLog
     views: Views
     reporter: Reporter
     flush: Callable[[], None]
+    #: Strict staleness, None without it.
+    tlb: StrictTlb | None = None
+
+    def select(self) -> None:
+        """The vCPU is at work from now on: what is logged goes into its log."""
+        for view in self.views.all:
+            view.ept.log = self.log
 
     def full(self, rip: int) -> None:
         """The access at ``rip`` has met a full log: a VM exit. It is drained, unless a handler has dealt with it."""
@@ -35,14 +48,17 @@ class LogKeeper:
         self.report()
         self.log.index = FIRST_INDEX
         if clean:
-            for view in self.views.all:
-                for gpa in pages:
+            for gpa in pages:
+                for view in self.views.all:
                     view.ept.clean(gpa)
+                if self.tlb is not None:
+                    self.tlb.invept_page(None, gpa)
             self.flush()
         return pages
 
     def report(self) -> None:
-        """Show what is in the log to whoever watches."""
+        """Show what is in the log to whoever watches, as this vCPU's."""
         if self.reporter.observed:
-            for count, gpa in enumerate(self.log.pages):
-                self.reporter.emit(LogEntry(gpa, FIRST_INDEX - count))
+            with self.reporter.of_vcpu(self.vcpu):
+                for count, gpa in enumerate(self.log.pages):
+                    self.reporter.emit(LogEntry(gpa, FIRST_INDEX - count))

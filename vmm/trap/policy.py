@@ -207,7 +207,7 @@ class Trap:
 
     def _admit(self, violation: Violation) -> Event | Stop | None:
         """Open what a violation in a step asks for; an event to deliver instead, or ``Stop.ASKED`` to give up."""
-        verdict = None if self.sub_pages is None else self.sub_pages.judge(violation)
+        verdict = None if self.sub_pages is None or self._is_code(violation) else self.sub_pages.judge(violation)
         if verdict is not None and verdict[0] is not SubPageVerdict.FORBIDDEN:
             return self._admit_sub_pages(violation, *verdict)
         modifies = self._modifies(violation)
@@ -260,6 +260,10 @@ class Trap:
         if self.devices is None or not violation.final or violation.access == FETCH:
             return False
         return self._host_of(violation) is None and self.devices.bus.holds(violation.gpa)
+
+    def _is_code(self, violation: Violation) -> bool:
+        host = self._host_of(violation)
+        return host is not None and self.frames.at(host).lasting not in (FrameState.DATA, FrameState.WINDOW)
 
     def _host_of(self, violation: Violation) -> int | None:
         return violation.leaf or self.mmu.view.ept.host_page(violation.gpa)

@@ -85,7 +85,7 @@ class Refusals:
             self._report(_SEAL, WRITE, gpa, gva)
             return GENERAL_PROTECTION
         root, page = space_of(self.context.cr0, self.context.cr3), gva & -PAGE
-        if not self.keeps_wx or (root, page, WRITE) in frame.judged:
+        if not self.keeps_wx or (root, page, WRITE) in frame.uses.judged:
             return None
         found = wx.judge(frame, self.mmu, WRITE, root, page)
         return None if found is None else self._answer(found, WRITE, gpa, gva, user=user)

@@ -72,35 +72,35 @@ def judge(frame: Frame, mmu: Mmu, access: int, root: int, page: int) -> Finding 
         return Finding("mapping", tuple(sorted(writable)), tuple(sorted(executable)))
     if access == FETCH and not is_approved(frame):
         return Finding("approval", tuple(sorted(writable)), tuple(sorted(executable)))
-    frame.judged.add((root, page, access))
+    frame.uses.judged.add((root, page, access))
     return None
 
 
 def _is_tracked(frame: Frame, mmu: Mmu, alias: tuple[int, int]) -> bool:
     """Take an alias into account; False if there is no room, also after those are left out that lead elsewhere now."""
-    if alias in frame.used:
+    if alias in frame.uses.used:
         return True
-    if len(frame.used) >= MAX_ALIASES:
+    if len(frame.uses.used) >= MAX_ALIASES:
         _forget_others(frame, mmu)
-    if len(frame.used) >= MAX_ALIASES:
+    if len(frame.uses.used) >= MAX_ALIASES:
         return False
-    frame.used[alias] = None
+    frame.uses.used[alias] = None
     return True
 
 
 def _forget_others(frame: Frame, mmu: Mmu) -> None:
     """Forget the aliases that lead elsewhere now, and what was judged of them."""
-    for root, page in list(frame.used):
+    for root, page in list(frame.uses.used):
         found = mmu.rights(root, page)
         if found is None or found[0] != frame.hpa:
-            del frame.used[root, page]
-            frame.judged -= {(root, page, WRITE), (root, page, FETCH)}
+            del frame.uses.used[root, page]
+            frame.uses.judged -= {(root, page, WRITE), (root, page, FETCH)}
 
 
 def _reach(frame: Frame, mmu: Mmu) -> tuple[set[int], set[int]]:
     """The linear pages in use through which the page tables make the frame writable, and executable."""
     writable, executable = set(), set()
-    for root, page in frame.used:
+    for root, page in frame.uses.used:
         found = mmu.rights(root, page)
         if found is not None and found[0] == frame.hpa:
             if found[1]:
