@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from vmm.block_events import BlockEvents, reporting
 from vmm.coherence import Coherence, FetchSides, FetchView, Sanitizer
 from vmm.control_fields import ControlFields
 from vmm.cpu.features import pc_cpuid
-from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, PortBus, Workpiece
+from vmm.devices import ConsolePort, DebugExit, InterprocessorPort, MemoryBus, PortBus, Workpiece
 from vmm.devices.from_manifest import attach_inputs
+from vmm.devices.local_apic_timer import FREQUENCY as CLOCK
 from vmm.devices.workpiece import PORTS as WORKPIECE_PORTS
 from vmm.ept import ExtendedPageTables, PageModificationLog, Permission
 from vmm.ept.views import Views
@@ -37,6 +39,7 @@ from vmm.scheduler import Scheduler
 from vmm.tlb import StrictTlb
 from vmm.translation import BlockCache
 from vmm.trap.callers import Callers
+from vmm.trap.device_memory import DeviceMemory
 from vmm.trap.door import Door
 from vmm.trap.frames import RW, RWX, FrameControl
 from vmm.trap.guard import StepGuard
@@ -60,6 +63,8 @@ class Assembly:
         self.inputs: Final = Inputs()
         self.reporter: Final = Reporter(guest.manifest.limits.exits, self.inputs)
         self.ports: Final = PortBus(self.inputs)
+        #: The devices in guest-physical memory.
+        self.memory_bus: Final = MemoryBus()
         model = self.options.coherence or Coherence(guest.manifest.policy.coherence)
         twins = 0 if model is Coherence.COHERENT else len(state.cpus)
         self.memory: Final = GuestMemory(state.memory + len(state.system.data), twins=twins)
@@ -155,7 +160,7 @@ class Assembly:
         return tlb
 
     def _make_vcpu(self, number: int) -> VirtualCpu:
-        exits = InstructionExits(self.ports, self.reporter)
+        exits = InstructionExits(self.ports, self.memory_bus, self.reporter)
         vcpu = VirtualCpu(
             self.memory,
             self.every_view.all[0],
@@ -236,17 +241,29 @@ class Assembly:
         processor = self.loop.processors[0]
         countdown = processor.vcpu.free.countdown
         assert countdown is not None
+        apic = self.guest.has_apic
         pc = Pc(
             self.reporter,
             countdown,
             self.inputs,
             send=self.console.emit,
             reset=lambda: self.state.finish("reset", {}),
+            nmi=processor.raise_nmi if apic else None,
         )
         processor.board = pc
-        self.exits[0].clock, self.exits[0].features = pc.now, pc_cpuid
+        self.exits[0].clock, self.exits[0].features = pc.now, partial(pc_cpuid, apic_clock=CLOCK if apic else 0)
         self.exits[0].answered = pc.exit_answered
+        self._attach_memory(pc, processor)
         return pc
+
+    def _attach_memory(self, pc: Pc, processor: Processor) -> None:
+        """Have the first vCPU reach the devices that a PC has in memory."""
+        pc.attach_memory(self.memory_bus)
+        if self.memory_bus.ranges:
+            vcpu = processor.vcpu
+            processor.trap.devices = DeviceMemory(self.memory_bus, vcpu, self.reporter)
+            for gpa, size in self.memory_bus.ranges:
+                vcpu.stepping.map_device(gpa, size)
 
     def number_of(self, vcpu: int | None, where: str) -> int:
         """The number of a vCPU, None being the one at work; raises ``OptionError`` for one that there is not."""

@@ -24,5 +24,8 @@ class Board(Protocol):
     def spend(self) -> None:
         """An instruction has been stepped: that takes time, too."""
 
+    def come_out(self) -> None:
+        """Have the engine, if it runs, stop before the next block."""
+
     def sleep(self) -> bool:
         """The processor is halted: go on to the next thing that happens. False if nothing ever will."""

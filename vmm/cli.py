@@ -166,6 +166,13 @@ def run(target: str, **options: Any) -> int:  # noqa: ANN401 - click's values
 @click.option("--initrd", metavar="FILE", help="The initial RAM disk; the only module of a Multiboot image.")
 @click.option("--append", metavar="TEXT", help="The kernel's command line; for Linux console=ttyS0 by default.")
 @click.option("--memory", metavar="SIZE", help="RAM, like 256M (which it is by default).")
+@click.option(
+    "--apic",
+    type=click.Choice(("on", "off")),
+    default="on",
+    show_default=True,
+    help="Whether there are a local APIC, an I/O APIC and ACPI, or only a pair of 8259As.",
+)
 @click.option("--input", metavar="FILE", help="Type the lines of FILE, each at a prompt; the run ends at one more.")
 @click.option("--prompt", metavar="TEXT", default="# ", show_default=True, help="What a prompt ends with.")
 @click.option("--trace", metavar="FILE", help="Write every exit and modification as a line of JSON; - is stdout.")

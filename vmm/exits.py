@@ -242,6 +242,27 @@ class SppEvent(Exit):
 
 
 @frozen(slots=True)
+class DeviceAccess(Record):
+    """The instruction at ``rip`` has loaded from a device in guest-physical memory, or stored to it.
+
+    ``size`` is 1, 2, 4 or 8 bytes; ``direction`` is "read" or "write". It comes behind the EPT violation that brought
+    the access to the VMM; an instruction may make several.
+    """
+
+    kind: ClassVar[str] = "device"
+
+    rip: int
+    gpa: int
+    size: int
+    direction: str
+    value: int
+
+    def _fields(self) -> Json:
+        names = ("rip", "gpa", "size", "direction", "value")
+        return {"kind": self.kind, **{name: getattr(self, name) for name in names}}
+
+
+@frozen(slots=True)
 class LogEntry(Record):
     """The VMM has found the page of ``gpa`` in the page-modification log, at ``index`` 511 (the first) to 0."""
 

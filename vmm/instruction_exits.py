@@ -9,7 +9,7 @@ from vmm.cpu.engine import Engine
 from vmm.cpu.events import Event
 from vmm.cpu.features import CpuidAnswer
 from vmm.decode import io_operands
-from vmm.devices import PortBus
+from vmm.devices import MemoryBus, PortBus
 from vmm.exits import Cpuid, Exit, ExitReason, IoInstruction, Rdtsc, Rdtscp
 from vmm.mmu import CurrentInstruction
 from vmm.reporter import Reporter
@@ -21,14 +21,16 @@ _IN: Final = 1 << 3
 
 
 class InstructionExits:
-    """Implements ``vmm.vcpu.Platform`` for a port bus and a reporter.
+    """Implements ``vmm.vcpu.Platform`` for a port bus, the devices in memory, and a reporter.
 
     An access is answered in the middle of a block, unless its device or a handler may act on the guest: then the
     guest stops before the instruction, which is stepped.
     """
 
-    def __init__(self, bus: PortBus, reporter: Reporter) -> None:
+    def __init__(self, bus: PortBus, memory: MemoryBus, reporter: Reporter) -> None:
         self.bus: Final = bus
+        #: Loads from devices in guest-physical memory; the exits that bring them here are EPT violations.
+        self.device_read: Final = memory.read
         #: What a script wants the current IN to read.
         self.override: int | None = None
         self.instruction: CurrentInstruction

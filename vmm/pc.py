@@ -3,8 +3,9 @@
 ::
 
     PIT counter 0 ── IRQ 0 ─┐
-    COM1 ─────────── IRQ 4 ─┤ 8259A pair ── INTR ── vCPU 0
-    RTC ──────────── IRQ 8 ─┘
+    COM1 ─────────── IRQ 4 ─┼─ 8259A pair, or APICs as well (vmm.pc_interrupts) ── vCPU 0
+    RTC ──────────── IRQ 8 ─┤
+    ACPI ─────────── IRQ 9 ─┘  on a PC with APICs
 
 Virtual time is a function of what the guest has executed: each VM exit takes 1000 ns, each block that is entered 4 ns,
 and while the processor is halted time goes on to the next alarm of a device at once. So a run repeats: the same kernel
@@ -20,15 +21,17 @@ from typing import Final, Protocol
 
 from vmm.cpu.countdown import Countdown
 from vmm.devices import (
+    AcpiPowerManagement,
     ByteWide,
-    InterruptController,
     IntervalTimer,
     KeyboardController,
+    MemoryBus,
     PciConfiguration,
     PortBus,
     RealTimeClock,
     SerialPort,
     SystemControlPort,
+    acpi_pm,
     keyboard_controller,
     pci,
     pic,
@@ -40,6 +43,7 @@ from vmm.devices import (
 from vmm.devices.virtual_time import Timers
 from vmm.inputs import Inputs, Place, Serial
 from vmm.instruction_exits import TICKS_PER_EXIT
+from vmm.pc_interrupts import PcInterrupts
 from vmm.reporter import Reporter
 
 #: Nanoseconds that the execution of a block takes.
@@ -72,7 +76,8 @@ class Pc:
 
     With somebody ``outside``, what is typed there comes when it comes, at an instruction boundary, and a halted
     processor waits for as long as its devices say. ``send`` gets what the guest sends over COM1, ``reset`` is called
-    when it resets the machine, ``inputs`` is told of what comes from outside.
+    when it resets the machine, ``inputs`` is told of what comes from outside. A PC with ``nmi``, which is called for an
+    NMI, has APICs, and ACPI to tell of them.
     """
 
     def __init__(
@@ -83,16 +88,19 @@ class Pc:
         *,
         send: Callable[[bytes], None],
         reset: Callable[[], None],
+        nmi: Callable[[], None] | None = None,
     ) -> None:
         self._reporter = reporter
         self._countdown = countdown
         self._skipped = 0
         self.timers: Final = Timers(self.arm)
-        self.controller: Final = InterruptController(countdown.interrupt)
-        line = self.controller.line
+        self.interrupts: Final = PcInterrupts(self.now, self.timers, countdown.interrupt, nmi)
+        self._source: Final = self.interrupts.source
+        line = self.interrupts.line
         self.timer: Final = IntervalTimer(self.now, self.timers, line(_TIMER_IRQ))
         self.clock: Final = RealTimeClock(self.now, self.timers, line(_CLOCK_IRQ))
         self.com1: Final = SerialPort(send, line(_COM1_IRQ))
+        self.power: Final = None if nmi is None else AcpiPowerManagement(self.now, self.timers, line(acpi_pm.IRQ))
         self._reset = reset
         self._inputs = inputs
         inputs.clock = self.now
@@ -100,7 +108,7 @@ class Pc:
 
     def attach(self, bus: PortBus) -> None:
         """Put all devices on their ports."""
-        controller = self.controller
+        controller = self.interrupts.controller
         for registers, first, count in (
             (controller.registers(controller.master), pic.MASTER_PORT, 2),
             (controller.registers(controller.slave), pic.SLAVE_PORT, 2),
@@ -115,6 +123,13 @@ class Pc:
         commands = keyboard_controller.FIRST_PORT + keyboard_controller.COMMAND_OFFSET
         bus.attach(keyboard, commands, inside=True)
         bus.attach(PciConfiguration(self._reset), pci.ADDRESS_PORT, pci.PORTS, inside=True)
+        if self.power is not None:
+            bus.attach(self.power, acpi_pm.FIRST_PORT, acpi_pm.PORTS, inside=True)
+
+    def attach_memory(self, bus: MemoryBus) -> None:
+        """Put the devices that are in memory there."""
+        if self.interrupts.apics is not None:
+            self.interrupts.apics.attach(bus)
 
     def now(self) -> int:
         """Virtual time, in nanoseconds since the start."""
@@ -131,11 +146,11 @@ class Pc:
     @property
     def interrupting(self) -> bool:
         """INTR."""
-        return self.controller.asserted
+        return self._source.asserted
 
     def acknowledge(self) -> int:
         """INTA."""
-        return self.controller.acknowledge()
+        return self._source.acknowledge()
 
     def settle(self) -> None:
         """Let the alarms go off that are due, and in what comes from outside."""
@@ -148,7 +163,7 @@ class Pc:
 
     def arm(self) -> None:
         """Let the engine run up to the next alarm, or to where an interrupt can be taken; also while it runs."""
-        if self.controller.asserted:
+        if self._source.asserted:
             self._countdown.interrupt()
             return
         when = self.timers.next

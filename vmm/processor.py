@@ -55,6 +55,7 @@ _RFLAGS_TF: Final = 1 << 8
 _RFLAGS_IF: Final = 1 << 9
 _LOW_32: Final = 0xFFFF_FFFF
 _ALLOWED: Final = PERMISSION_MASK | USER_EXECUTE
+_NMI: Final = Event(Vector.NMI, EventType.NMI)
 _VMCALL: Final = b"\x0f\x01\xc1"
 
 
@@ -100,6 +101,13 @@ class Processor:
     def _interrupted(self) -> bool:
         """Whether an external interrupt is pending, deliverable or not."""
         return bool(self.interrupts) or (self.board is not None and self.board.interrupting)
+
+    def raise_nmi(self) -> None:
+        """Have an NMI delivered at the next boundary; one that is pending already takes it in."""
+        if _NMI not in self.pending:
+            self.pending.append(_NMI)
+        if self.board is not None:
+            self.board.come_out()
 
     def take_turn(self, instructions: int | None) -> None:
         """Run until the end of the run, a halt, or the end of the turn: after that many instructions (None: no end)."""

@@ -112,4 +112,5 @@ def _header(machine: Machine, files: Digests, names: _Names) -> Header:
 
 def _boot(protocol: BootProtocol, files: Digests, names: Sequence[str] | None) -> RecordedBoot:
     named = map(str, protocol.modules) if names is None else names
-    return RecordedBoot(protocol.name, protocol.command_line, files.modules, protocol.names, tuple(named))
+    words = (protocol.name, protocol.command_line, files.modules, protocol.names, tuple(named))
+    return RecordedBoot(*words, apic=protocol.apic)

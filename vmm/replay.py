@@ -67,10 +67,18 @@ def _load(image: Path, modules: tuple[Path, ...], header: Header, boot: Recorded
     text, memory, seconds = boot.command_line, header.memory, float("inf")
     if boot.protocol == linux.PROTOCOL and len(modules) <= 1:
         initrd = modules[0] if modules else None
-        return linux.load_linux(image, initrd=initrd, command_line=text, memory=memory, seconds=seconds)
+        return linux.load_linux(
+            image, initrd=initrd, command_line=text, memory=memory, seconds=seconds, apic=boot.apic
+        )
     if boot.protocol == multiboot.PROTOCOL and boot.names:
         return multiboot.load_multiboot(
-            image, modules=modules, command_line=text, memory=memory, seconds=seconds, names=boot.names
+            image,
+            modules=modules,
+            command_line=text,
+            memory=memory,
+            seconds=seconds,
+            names=boot.names,
+            apic=boot.apic,
         )
     what = f"loaded by {shown(boot.protocol)} with {len(modules)} modules, which this VMM does not know"
     raise InputError(what, where=_HEADER, fix=RECORD_AGAIN)

@@ -49,6 +49,9 @@ class Platform(Protocol):
     def timestamp(self, engine: Engine, *, with_processor_id: bool, exact: bool) -> int | None:
         """The virtual time-stamp counter; None to decline."""
 
+    def device_read(self, gpa: int, size: int) -> int:
+        """The value that a load from a device gets."""
+
 
 class VirtualCpu:
     """A vCPU between VM entries; ``context`` is its state."""
@@ -216,6 +219,9 @@ class _Environment:
 
     def timestamp(self, *, with_processor_id: bool) -> int | None:
         return self._platform.timestamp(self._engine, with_processor_id=with_processor_id, exact=self._exact)
+
+    def device_read(self, gpa: int, size: int) -> int:
+        return self._platform.device_read(gpa, size)
 
 
 def verify_engine() -> None:

@@ -56,6 +56,16 @@ def test_runs_repeat_to_the_byte(boot, tmp_path):
     assert made[0] == made[1]
 
 
+@pytest.mark.parametrize(("arguments", "there"), [([], True), (["--apic", "on"], True), (["--apic", "off"], False)])
+def test_a_pc_has_a_local_apic_unless_it_is_to_have_none(boot, tmp_path, arguments, there):
+    source = "mov eax, 1; cpuid; mov esi, 0xfee00000; bt edx, 9; jnc none; mov eax, [rsi + 0x30]; none: hlt"
+    trace = tmp_path / "trace"
+    assert boot("--kernel", kernel(tmp_path, source), *arguments, "--trace", trace, "-q").exit_code == 0
+    devices = [line for line in map(json.loads, trace.read_text().splitlines()) if line.get("kind") == "device"]
+    access = {"kind": "device", "gpa": 0xFEE00030, "size": 4, "direction": "read", "value": 0x50014}
+    assert [access.items() <= line.items() for line in devices] == [True] * there
+
+
 def test_a_guest_that_halts_or_resets_has_ended_well(boot, tmp_path):
     for source in ("cli; hlt", "mov al, 0xfe; out 0x64, al", "mov al, 7; out 0xf4, al"):
         assert boot("--kernel", kernel(tmp_path, source), "-q").exit_code == 0
@@ -81,6 +91,7 @@ def test_the_time_limit_is_kept(boot, tmp_path):
         (["--initrd", "missing"], "missing: cannot be read"),
         (["--input", "missing"], "missing: cannot be read"),
         (["--append", "x" * 5000], "a command line of 5000 bytes"),
+        (["--apic", "maybe"], "'maybe' is not one of 'on', 'off'"),
         (["--prompt", "", "--input", "/dev/null"], "not a regular file"),
         (["--expect", "missing.script"], "missing.script"),
     ],

@@ -22,8 +22,8 @@ class Pair:
             for word in (base, cascade, icw4):
                 self.out(number, 1, word)
 
-    def _count(self) -> None:
-        self.raised += 1
+    def _count(self, high: bool) -> None:
+        self.raised += high
 
     def out(self, chip: int, offset: int, value: int) -> None:
         self.chips[chip].write_register(offset, value)

@@ -207,3 +207,14 @@ def test_no_sequence_of_accesses_upsets_it(offset, writes):
         timer.clock.advance(value * 1000)
         assert 0 <= timer.pit.read_register(offset) <= 0xFF
         timer.port_61.write_register(0, value)
+
+
+def test_an_interrupt_that_is_due_is_not_lost_to_a_control_word():
+    """Time passes between two looks at the alarms, and a latch command may come in between."""
+    timer = Timer()
+    timer.program(0, 2, 1000)
+    timer.clock.now = time_of(1003)
+    timer.read(0)
+    assert timer.rises == [1003]
+    timer.go_to(2000)
+    assert timer.rises == [1003, 2000]

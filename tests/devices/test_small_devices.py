@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from vmm.devices import ByteWide, KeyboardController, PciConfiguration, PortBus
@@ -118,3 +120,14 @@ class TestTimers:
         clock.timers.set(alarm, 10)
         clock.advance(35)
         assert calls == [10, 20, 30]
+
+    def test_what_is_set_again_and_again_takes_no_room_and_keeps_its_place(self):
+        timers, calls = Timers(), []
+        alarms = [timers.make(lambda number=number: calls.append(number)) for number in range(3)]
+        timers.set(alarms[0], 1_000_100)
+        timers.set(alarms[1], 1_000_100)
+        for round_ in range(10_000):
+            timers.set(alarms[2], 1_000_000 + round_ % 3)
+        assert sys.getsizeof(timers._due) < 4096
+        timers.advance(1_000_100)
+        assert calls == [2, 0, 1]

@@ -62,6 +62,18 @@ def test_exits_that_are_answered_within_a_block_take_time_that_interrupts_do_not
 
 
 @WAYS
+@pytest.mark.parametrize("look", ["rdtsc", "mov al, 0; out 0x43, al; in al, 0x40; in al, 0x40"], ids=["TSC", "timer"])
+def test_a_guest_that_looks_at_a_clock_all_the_time_gets_its_timer_interrupts_in_time(tmp_path, options, look):
+    """Exits that are answered within a block take time, too, of which the engine knows nothing."""
+    source = f"""
+        {prologue(MASTER)} {timer(2000)} xor ebx, ebx; sti; spin: {look}; cmp ebx, 5; jb spin; cli; {END}
+        handler: inc ebx; push rax; {EOI} pop rax; iretq"""
+    made = pc_guests.build(tmp_path, source, options=options)
+    assert made.run().reason == "port"
+    assert made.machine.pc.now() < time_of(5 * 2000) + 100_000
+
+
+@WAYS
 def test_an_interrupt_waits_for_if_and_the_shadow_of_sti(tmp_path, options):
     """Nothing but STI tells that the guest takes interrupts now: it is no exit."""
     source = f"""

@@ -160,3 +160,11 @@ def test_q72_a_cpuid_hook_that_returns_1_replaces_the_instruction() -> None:
     b.uc.hook_add(UC_HOOK_INSN, hook, None, 1, 0, UC_X86_INS_CPUID)
     b.run()
     assert (b["rax"], b["rbx"]) == (0x77, 0x1234)
+
+
+def test_q74_cr8_keeps_nothing() -> None:
+    b = Bare()
+    b.put(CODE, "mov eax, 5; mov cr8, rax; mov rcx, cr8; hlt")
+    b["rcx"] = 7
+    b.run()
+    assert b["rcx"] == 0

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 
+import pc_guests
 import pytest
 import terminals
 from consoles import BUSY, KERNELS, Visitor, boot, kernels
@@ -185,6 +186,22 @@ def test_a_file_that_has_changed_is_named(files, tmp_path):
     assert "give --guest with that image" in one_line(vmm("replay", tmp_path / "t"))
 
 
+@pytest.mark.parametrize("apic", [True, False])
+def test_a_replay_has_the_interrupt_controllers_of_the_recording(tmp_path, apic):
+    """A guest that looks for a local APIC, and takes an interrupt of its timer if there is one."""
+    source = """
+        mov eax, 1; cpuid; bt edx, 9; jnc over
+        mov esi, 0xfee00000; mov dword ptr [rsi + 0x3e0], 11; mov dword ptr [rsi + 0x320], 0x10040
+        mov dword ptr [rsi + 0x380], 50000; wait: mov eax, [rsi + 0x390]; test eax, eax; jnz wait; over: hlt"""
+    kernel = pc_guests.kernel(tmp_path, source)
+    trace = boot(tmp_path / "t", kernel, lambda machine: None, apic=apic)
+    assert (b'"kind": "device"' in trace) == apic
+    assert vmm("replay", tmp_path / "t").exit_code == 0
+    assert (b'"apic": true' in lines(trace)[0]) == apic
+    (tmp_path / "t").write_bytes(trace.replace(b', "apic": true', b""))
+    assert vmm("replay", tmp_path / "t").exit_code == (1 if apic else 0), "without the key there are none"
+
+
 class TestSpoiled:
     """What is not as it was recorded is found."""
 
@@ -235,6 +252,7 @@ class TestSpoiled:
             (rb'"names": \[\]', rb'"names": ["a", "b"]', 'no usable "names"'),
             (rb'"protocol": "linux"', rb'"protocol": "multiboot"', "loaded by 'multiboot' with 0 modules"),
             (rb'"boot": {[^}]*}', rb'"boot": []', 'no usable "boot"'),
+            (rb'"apic": true', rb'"apic": 1', 'no usable "apic"'),
             (rb'"memory": \d+', rb'"memory": 5', "0x5 bytes of memory"),
             (rb'"at": "boundary"', rb'"at": "home"', "at an unusable place"),
             (rb'"at": "boundary"', rb'"at": []', "at an unusable place"),

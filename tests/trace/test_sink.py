@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from vmm import exits
 from vmm.exits import (
     BlockEvent,
+    DeviceAccess,
     End,
     Exit,
     FrameEvent,
@@ -27,7 +28,7 @@ from vmm.trace.sink import TraceSink, by_json, line
 
 EXITS = Exit.__subclasses__()
 RECORDS = [*EXITS, Modification, BlockEvent, FrameEvent, Injection, RefusedAccess, LogEntry]
-RECORDS += [StaleExecution, StaleTranslation, ViewEvent]
+RECORDS += [DeviceAccess, StaleExecution, StaleTranslation, ViewEvent]
 
 numbers = st.integers(0, (1 << 64) - 1)
 VALUES = {

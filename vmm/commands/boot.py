@@ -39,6 +39,7 @@ class BootRequest:
     initrd: str | None = None
     append: str | None = None
     memory: str | None = None
+    apic: str = "on"
     input: str | None = None
     prompt: str = "# "
     trace: str | None = None
@@ -91,12 +92,24 @@ def _load(request: BootRequest, *, seconds: float) -> Guest:
     if is_bz_image(head) or find_header(head) is None:
         append = LINUX_CONSOLE if request.append is None else request.append
         return load_linux(
-            kernel, initrd=initrd, command_line=append, memory=memory, policy=policy, seconds=seconds
+            kernel,
+            initrd=initrd,
+            command_line=append,
+            memory=memory,
+            policy=policy,
+            seconds=seconds,
+            apic=request.apic == "on",
         )
     modules = () if initrd is None else (initrd,)
     append = request.append or ""
     return load_multiboot(
-        kernel, modules=modules, command_line=append, memory=memory, policy=policy, seconds=seconds
+        kernel,
+        modules=modules,
+        command_line=append,
+        memory=memory,
+        policy=policy,
+        seconds=seconds,
+        apic=request.apic == "on",
     )
 
 

@@ -56,6 +56,7 @@ emu_start = _prototype("uc_emu_start", _ptr, u64, u64, u64, _size, library=_unlo
 emu_step = _prototype("uc_emu_start", _ptr, u64, u64, u64, _size)
 emu_stop = _prototype("uc_emu_stop", _ptr)
 mem_map_ptr = _prototype("uc_mem_map_ptr", _ptr, u64, u64, ctypes.c_uint32, _ptr)
+mmio_map = _prototype("uc_mmio_map", _ptr, u64, _size, _ptr, _ptr, _ptr, _ptr)
 reg_read = _prototype("uc_reg_read", _ptr, _int, _ptr)
 reg_write = _prototype("uc_reg_write", _ptr, _int, _ptr)
 context_alloc = _prototype("uc_context_alloc", _ptr, ctypes.POINTER(_ptr))
@@ -99,6 +100,10 @@ BlockEntry = ctypes.CFUNCTYPE(None, _ptr, u64, ctypes.c_uint32, _ptr)
 PortIn = ctypes.CFUNCTYPE(ctypes.c_uint32, _ptr, ctypes.c_uint32, _int, _ptr)
 #: void (engine, port, size, value, user data)
 PortOut = ctypes.CFUNCTYPE(None, _ptr, ctypes.c_uint32, _int, ctypes.c_uint32, _ptr)
+#: uint64 (engine, offset, size, user data)
+DeviceRead = ctypes.CFUNCTYPE(u64, _ptr, u64, ctypes.c_uint32, _ptr)
+#: void (engine, offset, size, value, user data)
+DeviceWrite = ctypes.CFUNCTYPE(None, _ptr, u64, ctypes.c_uint32, u64, _ptr)
 #: int (engine, user data): 1 means that the instruction is done
 Instruction = ctypes.CFUNCTYPE(_int, _ptr, _ptr)
 

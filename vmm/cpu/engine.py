@@ -33,6 +33,8 @@ PAGE_MASK: Final = ~(PAGE - 1)
 #: Host-physical place of the engine's own pages (latched fetch pages), far above any guest memory.
 PRIVATE_BASE: Final = 1 << 40
 PRIVATE_PAGES: Final = 64
+#: Host-physical place of guest-physical address 0, as far as pages are devices; above everything else.
+DEVICES_BASE: Final = 1 << 41
 
 #: Bytes of translated code that an engine keeps. Dead translations count until the engine, out of room, drops all of
 #: them; so this bounds what a guest that patches itself for ever can take of the host's memory.
@@ -69,6 +71,9 @@ class Environment(Protocol):
 
     def timestamp(self, *, with_processor_id: bool) -> int | None:
         """The value that RDTSC or RDTSCP reads; None to stop before the instruction."""
+
+    def device_read(self, gpa: int, size: int) -> int:
+        """The value that a load from a device gets."""
 
 
 class Engine:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from vmm.cpu import binding as b
 from vmm.cpu.context import Context
-from vmm.cpu.engine import PRIVATE_BASE, PRIVATE_PAGES, Engine, Stop
+from vmm.cpu.engine import DEVICES_BASE, PRIVATE_BASE, PRIVATE_PAGES, Engine, Environment, Stop
 from vmm.memory import PAGE, GuestMemory
 
 _HLT_SLOT = PRIVATE_PAGES - 1
@@ -24,6 +24,9 @@ class SteppingEngine(Engine):
         self.writes: list[tuple[int, int]] = []
         #: The same for loads, each behind the number of stores before it; empty unless ``wants_reads``.
         self.reads: list[tuple[int, int, int]] = []
+        #: (GPA, bytes, value, whether it is a store) of each access of the last step to a device, in order. Loads have
+        #: got their value from it; stores are for whoever knows that the instruction is complete.
+        self.device_accesses: list[tuple[int, int, int, bool]] = []
         #: Whether loads are to be listed, too, from the next step on. Once that is so it stays so.
         self.wants_reads = False
         self._hears_reads = False
@@ -50,6 +53,7 @@ class SteppingEngine(Engine):
             self._hear_reads()
         self.writes.clear()
         self.reads.clear()
+        self.device_accesses.clear()
         self._in_use.clear()
         self.flush_tlb()
         self._start(context, 1, b.emu_step)
@@ -58,10 +62,11 @@ class SteppingEngine(Engine):
     def rehearse(self, context: Context) -> tuple[Stop, Context]:
         """Execute one instruction as ``step`` does, into a context of its own; no device and no clock hears of it.
 
-        What it does to memory is the caller's to undo. IN, OUT, CPUID and RDTSC end in ``Stop.EXACT``.
+        What it does to memory is the caller's to undo. IN, OUT, CPUID and RDTSC end in ``Stop.EXACT``. Loads from
+        devices get their values, which changes nothing.
         """
         scratch = context.copy(self.handle)
-        before, self.environment = self.environment, _Nobody()
+        before, self.environment = self.environment, _Nobody(self.environment)
         try:
             return self.step(scratch), scratch
         finally:
@@ -103,6 +108,34 @@ class SteppingEngine(Engine):
         self._slots[hpa] = slot
         return slot
 
+    def map_device(self, gpa: int, size: int) -> None:
+        """Make devices of guest-physical pages, for fills that answer with their place from ``DEVICES_BASE`` on."""
+
+        def on_read(_engine: int, offset: int, length: int, _data: int) -> int:
+            return self._on_device_read(gpa + offset, length)
+
+        def on_write(_engine: int, offset: int, length: int, value: int, _data: int) -> None:
+            self._on_device_write(gpa + offset, length, value)
+
+        read, write = b.DeviceRead(on_read), b.DeviceWrite(on_write)
+        self._keep += [read, write]
+        status = b.mmio_map(self.handle, DEVICES_BASE + gpa, size, read, None, write, None)
+        b.check(status, "uc_mmio_map")
+
+    def _on_device_read(self, gpa: int, size: int) -> int:
+        if self._saved is not None or self.failure is not None:
+            return 0
+        try:
+            value = self.environment.device_read(gpa, size)
+        except BaseException as failure:  # noqa: BLE001 - raised after the stop
+            self._fail_before_instruction(failure)
+            return 0
+        self.device_accesses.append((gpa, size, value, False))
+        return value
+
+    def _on_device_write(self, gpa: int, size: int, value: int) -> None:
+        self.device_accesses.append((gpa, size, value & (1 << 8 * size) - 1, True))
+
     def _hear_reads(self) -> None:
         """Have loads reported. What was translated before (quirk "late-hook") does not do that."""
         self._hears_reads = True
@@ -117,7 +150,10 @@ class SteppingEngine(Engine):
 
 
 class _Nobody:
-    """The environment of a rehearsal: whatever an instruction wants of it, it has to stop."""
+    """The environment of a rehearsal: whatever an instruction wants of it but to look, it has to stop."""
+
+    def __init__(self, environment: Environment) -> None:
+        self.device_read = environment.device_read
 
     def port_in(self, _port: int, _size: int) -> int | None:
         return None

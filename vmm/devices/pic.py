@@ -182,12 +182,12 @@ class Chip:
 
 
 class InterruptController:
-    """Master and slave. ``raised`` is called when INTR goes from low to high."""
+    """Master and slave. ``drive`` drives INTR: it is called whenever that changes."""
 
-    def __init__(self, raised: Callable[[], None]) -> None:
+    def __init__(self, drive: Callable[[bool], None]) -> None:
         self.master: Final = Chip()
         self.slave: Final = Chip()
-        self._raised = raised
+        self._drive = drive
         self._was_asserted = False
 
     @property
@@ -221,9 +221,9 @@ class InterruptController:
     def _settle(self) -> None:
         self.master.set_input(_CASCADE, self.slave.interrupting is not None)
         asserted = self.master.interrupting is not None
-        rises, self._was_asserted = asserted and not self._was_asserted, asserted
-        if rises:
-            self._raised()
+        if asserted is not self._was_asserted:
+            self._was_asserted = asserted
+            self._drive(asserted)
 
 
 @define(slots=True, eq=False)

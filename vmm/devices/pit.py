@@ -200,6 +200,7 @@ class IntervalTimer:
 
     def write_register(self, offset: int, value: int) -> None:
         """OUT."""
+        self._timers.catch_up(self._alarm, self._clock())
         now = self._now
         if offset == _CONTROL:
             self._control(value, now)

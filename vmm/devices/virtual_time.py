@@ -14,6 +14,8 @@ from typing import Final
 from attrs import define, field
 
 NANOSECONDS: Final = 1_000_000_000
+#: Entries of the heap of alarms from which on it is swept.
+_SWEPT: Final = 64
 
 #: Tells the time, in nanoseconds.
 Clock = Callable[[], int]
@@ -35,6 +37,7 @@ class Timers:
 
     def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
         self._changed = changed
+        #: Heap of (when, ticket, alarm). What an alarm does not say any more is passed over, and swept out at times.
         self._due: list[tuple[int, int, Alarm]] = []
         self._tickets: Final = count()
 
@@ -48,8 +51,16 @@ class Timers:
             return
         alarm.when = when
         if when is not None:
+            if len(self._due) >= _SWEPT:
+                self._sweep()
             heapq.heappush(self._due, (when, next(self._tickets), alarm))
             self._changed()
+
+    def catch_up(self, alarm: Alarm, now: int) -> None:
+        """Call an alarm if it is due; for a device that is about to be told something, after which it might not be."""
+        if alarm.when is not None and alarm.when <= now:
+            alarm.when = None
+            alarm.callback()
 
     @property
     def next(self) -> int | None:
@@ -57,6 +68,14 @@ class Timers:
         while self._due and self._due[0][2].when != self._due[0][0]:
             heapq.heappop(self._due)
         return self._due[0][0] if self._due else None
+
+    def _sweep(self) -> None:
+        """Keep one entry for each alarm that is set; a guest may set one to far-off times again and again."""
+        kept: dict[int, tuple[int, int, Alarm]] = {}
+        for entry in sorted(self._due, key=lambda entry: entry[:2]):
+            if entry[2].when == entry[0]:
+                kept.setdefault(id(entry[2]), entry)
+        self._due = list(kept.values())
 
     def advance(self, now: int) -> None:
         """Call what is due at ``now`` or was before.

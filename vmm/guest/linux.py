@@ -25,6 +25,7 @@ from attrs import frozen
 from vmm.cpu.state import Segment as SegmentRegister
 from vmm.cpu.state import SegmentName
 from vmm.errors import ImageError, OptionError
+from vmm.guest import acpi
 from vmm.guest.boot import BootState, CpuBoot, SystemArea
 from vmm.guest.files import one_line, read_file
 from vmm.guest.image import ELF_FILE_LIMIT, ELF_MAGIC, LoadedImage, Segment
@@ -106,11 +107,13 @@ def load_linux(
     memory: int = DEFAULT_MEMORY,
     policy: Policy | None = None,
     seconds: float = 300.0,
+    apic: bool = True,
 ) -> Guest:
     """A PC that enters a Linux kernel; raises ``ImageError`` for its files, ``OptionError`` for the rest.
 
     ``memory`` is the size of its RAM in bytes, a multiple of 2 MiB up to 1 GiB. The run ends when the guest halts
-    with interrupts off, resets the machine, or writes to port 0xf4.
+    with interrupts off, resets the machine, or writes to port 0xf4. With ``apic`` it has a local APIC, an I/O APIC, and
+    the ACPI tables that tell of them.
     """
     check_memory(memory)
     found = _read_kernel(kernel, memory)
@@ -118,6 +121,7 @@ def load_linux(
     writes = [(segment.gpa, segment.data) for segment in found.image.segments if segment.data]
     writes += _initrd(found, data, memory, initrd)
     writes += _command_line(found, command_line)
+    writes += [(acpi.PLACE, acpi.tables())] if apic else []
     _fill_zero_page(found.zero_page, memory)
     writes += [(_GDT, _DESCRIPTORS), (_ZERO_PAGE, bytes(found.zero_page)), (_TABLES, _page_tables())]
     manifest = Manifest(
@@ -133,7 +137,7 @@ def load_linux(
         limits=Limits(exits=1 << 62, seconds=seconds),
     )
     boot = _boot_state(found.entry, memory, writes)
-    protocol = BootProtocol(PROTOCOL, command_line, () if initrd is None else (initrd,))
+    protocol = BootProtocol(PROTOCOL, command_line, () if initrd is None else (initrd,), apic=apic)
     return Guest(manifest, found.image, found.entry, boot=boot, is_pc=True, protocol=protocol)
 
 

@@ -43,13 +43,15 @@ class BootProtocol:
     """How a guest that has no manifest was loaded: what it finds follows from this, the image and the size of RAM.
 
     ``name`` is that of the protocol, ``modules`` are the files that were loaded besides the image, in order. ``names``
-    are those that the guest is told, the image's first, of a protocol that tells them.
+    are those that the guest is told, the image's first, of a protocol that tells them. ``apic`` is whether the PC has a
+    local APIC, an I/O APIC and ACPI.
     """
 
     name: str
     command_line: str
     modules: tuple[Path, ...] = ()
     names: tuple[str, ...] = ()
+    apic: bool = False
 
 
 @frozen(slots=True)
@@ -76,6 +78,11 @@ class Guest:
     def name(self) -> str:
         """The guest's name."""
         return self.manifest.name
+
+    @property
+    def has_apic(self) -> bool:
+        """Whether it is on a PC with APICs."""
+        return self.protocol is not None and self.protocol.apic
 
     @property
     def entries(self) -> tuple[int, ...]:

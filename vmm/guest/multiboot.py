@@ -6,6 +6,7 @@ What the kernel finds when it is entered::
     modules     each on a page of its own, above the image and above 1 MiB
     0x00400     words of the BIOS data area, unless the image lies there: COM1, end of low memory
     0x9f000     GDT, boot information and all that it points to: one page, outside of the RAM that it tells of
+    0xf0000     ACPI tables, unless the image lies there
 
     EAX 0x2badb002   EBX the address of the boot information   CS 0x08, other segments 0x10: flat, 4 GiB
     CR0.PE 1         paging and interrupts off                 all other registers 0, no IDT, no stack
@@ -16,7 +17,7 @@ The specification lets the kernel rely on no GDT, so that this one may be there;
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,7 @@ from vmm.cpu.state import Segment as SegmentRegister
 from vmm.cpu.state import SegmentName
 from vmm.devices.uart import COM1
 from vmm.errors import ImageError, OptionError
+from vmm.guest import acpi
 from vmm.guest.boot import BootState, CpuBoot, SystemArea
 from vmm.guest.files import one_line, read_file
 from vmm.guest.image import ELF_FILE_LIMIT, PAGE, LoadedImage
@@ -82,13 +84,15 @@ def load_multiboot(
     policy: Policy | None = None,
     seconds: float = 300.0,
     names: Sequence[str] | None = None,
+    apic: bool = True,
 ) -> Guest:
     """A PC that enters a Multiboot image; raises ``ImageError`` for its files, ``OptionError`` for the rest.
 
     The kernel's command line is its name and then ``command_line``; the string of a module is its name. ``names`` are
     these, the kernel's first, by default those of the files. ``memory`` is the size of its RAM in bytes, a multiple of
     2 MiB up to 1 GiB. The run ends when the guest halts with interrupts off, resets the machine, or writes to port
-    0xf4.
+    0xf4. With ``apic`` it has a local APIC, an I/O APIC, and, unless the image lies there, the ACPI tables that tell of
+    them.
     """
     check_memory(memory)
     data = read_file(kernel, ELF_FILE_LIMIT, error=ImageError, fix="give the path of a Multiboot image")
@@ -98,14 +102,14 @@ def load_multiboot(
     loaded = _load_modules(modules, strings, image, memory)
     words = f"{name} {command_line}" if command_line else name
     information, page = _information(encode_command_line(words), loaded, memory)
-    writes = _writes(image, loaded, page)
+    writes = _writes(image, loaded, page, {acpi.PLACE: acpi.tables()} if apic else {})
     return Guest(
         _manifest(kernel, image.entry, memory, policy or Policy(), seconds),
         image,
         image.entry,
         boot=_boot_state(image.entry, memory, information, writes),
         is_pc=True,
-        protocol=BootProtocol(PROTOCOL, command_line, tuple(modules), (name, *strings)),
+        protocol=BootProtocol(PROTOCOL, command_line, tuple(modules), (name, *strings), apic=apic),
     )
 
 
@@ -124,12 +128,14 @@ def _manifest(kernel: Path, entry: int, memory: int, policy: Policy, seconds: fl
     )
 
 
-def _writes(image: LoadedImage, modules: Sequence[_Module], page: bytes) -> list[tuple[int, bytes]]:
+def _writes(
+    image: LoadedImage, modules: Sequence[_Module], page: bytes, tables: Mapping[int, bytes]
+) -> list[tuple[int, bytes]]:
     """All that is in memory, as (GPA, bytes)."""
     writes = [(segment.gpa, segment.data) for segment in image.segments if segment.data]
     writes += [(module.start, module.data) for module in modules if module.data]
     writes.append((INFORMATION, page))
-    firmware = {_BIOS_DATA: _BIOS_DATA_WORDS}
+    firmware = {_BIOS_DATA: _BIOS_DATA_WORDS, **tables}
     return writes + [(gpa, data) for gpa, data in firmware.items() if image.spares(gpa, len(data))]
 
 

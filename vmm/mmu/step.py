@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from vmm.cpu.context import Context
-from vmm.cpu.engine import FETCH, READ, R, W, X
+from vmm.cpu.engine import DEVICES_BASE, FETCH, READ, WRITE, R, W, X
 from vmm.cpu.stepping import SteppingEngine
 from vmm.decode import MAX_LENGTH, Decoded, decode
 from vmm.ept import CLEAN, HELD, MISCONFIGURED
@@ -33,6 +33,8 @@ class StepMemory:
         self.written: dict[int, tuple[int, int]] = {}
         #: Linear pages read, likewise; one that was written first may have been read, too.
         self.read: dict[int, tuple[int, int]] = {}
+        #: Linear pages through which the instruction may reach a device: page -> permissions (R, W).
+        self.devices: dict[int, int] = {}
         #: Whether accesses to frames are let through for which somebody is to be asked before.
         self.lets_through = False
         #: Contents of the frames written, from before.
@@ -68,6 +70,7 @@ class StepMemory:
         self.written = {}
         self.read = {}
         self.undo = {}
+        self.devices = {}
         self.lets_through = False
         pc, self._control, bits = self._context.step_view()
         self._pc, self._page = pc, pc & -PAGE
@@ -128,7 +131,7 @@ class StepMemory:
                 or self._is_unjudged(page, access, translation.gpa, leaf)
                 or self._is_unannounced(host)
             ):
-                return 0
+                return self._reach_device(page, access, translation.gpa)
             if leaf & (CLEAN | HELD) and not self._mmu.used(page, access, translation.gpa, leaf):
                 return 0
             if access == READ:
@@ -142,6 +145,15 @@ class StepMemory:
             return host | R | W
 
         return fill
+
+    def _reach_device(self, page: int, access: int, gpa: int) -> int:
+        """The answer to a fill that reaches no memory: a device, if the access was let through; 0 if it was not."""
+        permissions = self.devices.get(page, 0)
+        if not permissions & (W if access == WRITE else R):
+            return 0
+        place = gpa & LEAF_ADDRESS | DEVICES_BASE
+        (self.written if access == WRITE else self.read)[page] = (gpa, place)
+        return place | permissions
 
     def _is_unannounced(self, host: int) -> bool:
         """Whether somebody has to be asked about accesses to a frame first."""

@@ -21,7 +21,8 @@ class RecordedBoot:
     """How the guest of a trace was loaded, if that was by a boot protocol (``vmm.guest.loader.BootProtocol``).
 
     ``modules`` are the SHA-256 of the files that were loaded besides the image, ``files`` how they were named.
-    ``names`` are what the guest was told they are called, the image first; empty if it was not.
+    ``names`` are what the guest was told they are called, the image first; empty if it was not. ``apic`` is whether the
+    PC had APICs.
     """
 
     protocol: str
@@ -29,6 +30,7 @@ class RecordedBoot:
     modules: tuple[str, ...]
     names: tuple[str, ...]
     files: tuple[str, ...]
+    apic: bool
 
     def to_json(self) -> Json:
         """Its keys in the header."""
@@ -37,6 +39,7 @@ class RecordedBoot:
             "command_line": self.command_line,
             "modules": list(self.modules),
             "names": list(self.names),
+            **({"apic": True} if self.apic else {}),
         }
         return {"boot": words, "files": list(self.files)}
 
@@ -45,7 +48,7 @@ class RecordedBoot:
         """From a header's object, None if that has no such keys; raises ``ValueError`` that says what it lacks."""
         if "boot" not in line:
             return None
-        words = _key(line, "boot", dict)
+        words = {"apic": False, **_key(line, "boot", dict)}
         modules, names, files = _texts(words, "modules"), _texts(words, "names"), _texts(line, "files")
         if not all(map(_SHA256.fullmatch, modules)):
             raise ValueError('no usable "modules"')
@@ -53,7 +56,8 @@ class RecordedBoot:
             raise ValueError('no usable "names"')
         if len(files) != len(modules):
             raise ValueError('no usable "files"')
-        return cls(_key(words, "protocol", str), _key(words, "command_line", str), modules, names, files)
+        protocol, command_line = _key(words, "protocol", str), _key(words, "command_line", str)
+        return cls(protocol, command_line, modules, names, files, _key(words, "apic", bool))
 
 
 @frozen(slots=True)

@@ -11,6 +11,7 @@ from vmm.ept import Qualification
 from vmm.exits import (
     BlockEvent,
     Cpuid,
+    DeviceAccess,
     End,
     EptViolation,
     ExceptionExit,
@@ -143,6 +144,12 @@ def _io(record: IoInstruction, names: Names) -> Line:
     return Line("IO_INSTRUCTION", names.code(record.rip), what)
 
 
+def _device(record: DeviceAccess, names: Names) -> Line:
+    arrow = "->" if record.direction == "read" else "<-"
+    what = f"{record.direction} {record.gpa:#x} {arrow} {record.value:#0{2 * record.size + 2}x}"
+    return Line("device", names.code(record.rip), what)
+
+
 def _exception(record: ExceptionExit, names: Names) -> Line:
     words = [vector_name(record.vector)]
     if record.error_code is not None:
@@ -247,6 +254,7 @@ _RENDERERS: Final[dict[type[Record], Callable[[Any, Names], Line]]] = {
     EptViolation: _violation,
     Mtf: _mtf,
     IoInstruction: _io,
+    DeviceAccess: _device,
     ExceptionExit: _exception,
     Injection: _injection,
     Cpuid: _cpuid,

@@ -13,7 +13,7 @@ from typing import Final
 from attrs import define, field
 
 from vmm.cpu.context import Context
-from vmm.cpu.engine import READ, Stop
+from vmm.cpu.engine import DEVICES_BASE, READ, Stop
 from vmm.cpu.events import Event, Vector
 from vmm.ept import Permission
 from vmm.memory import PAGE, GuestMemory
@@ -170,18 +170,20 @@ class StepGuard:
         return self.vcpu.step_memory.undo[piece.hpa & -PAGE][start : start + piece.size]
 
     def _pieces(self) -> list[_Piece]:
-        """What was written, split at page ends, merged where it overlaps or touches, by ascending GPA."""
+        """What was written of memory, split at page ends, merged where it overlaps or touches, by ascending GPA."""
         pieces: list[_Piece] = []
         for hpa, size in self.vcpu.stepping.writes:
             page = self._linear_page(hpa, size)
             room = PAGE - (hpa & _OFFSET)
             gpa_page, _ = self.vcpu.step_memory.written[page]
             offset = hpa & _OFFSET
-            pieces.append(_Piece(hpa, gpa_page | offset, page | offset, min(size, room)))
+            if hpa < DEVICES_BASE:
+                pieces.append(_Piece(hpa, gpa_page | offset, page | offset, min(size, room)))
             if size > room:
                 next_page = page + PAGE & 0xFFFF_FFFF_FFFF_FFFF
                 gpa_page, hpa_page = self.vcpu.step_memory.written[next_page]
-                pieces.append(_Piece(hpa_page, gpa_page, next_page, size - room))
+                if hpa_page < DEVICES_BASE:
+                    pieces.append(_Piece(hpa_page, gpa_page, next_page, size - room))
         return _merge(pieces) if len(pieces) > 1 else pieces
 
     def _linear_page(self, hpa: int, size: int) -> int:

@@ -37,6 +37,7 @@ from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.mmu import CurrentInstruction, Mmu, Unjudged, Violation, Watched
 from vmm.mmu.refusals import PagingStructureViolation, Refusal
 from vmm.reporter import Reporter
+from vmm.trap.device_memory import DeviceMemory
 from vmm.trap.door import Door, SealedFrame
 from vmm.trap.frames import FrameControl
 from vmm.trap.guard import StepGuard
@@ -107,6 +108,8 @@ class Trap:
     sub_pages: SubPages | None = None
     #: Tells monitors of what instructions do; None while there are none.
     watcher: Watcher | None = None
+    #: Devices in guest-physical memory; None without any.
+    devices: DeviceMemory | None = None
 
     def answer(self, violation: Violation) -> Stop | Event | None:
         """Answer one violation of the free-running engine.
@@ -167,6 +170,8 @@ class Trap:
                     self.reporter.exit(Mtf(rip=guard.vcpu.context.pc))
         finally:
             guard.publish(entries)
+        if self.devices is not None and not isinstance(outcome, Event | None) and guard.is_complete(outcome):
+            self.devices.complete(guard.start)
         return None if outcome is Stop.STEPPED else outcome
 
     def _let_through(self, violation: Violation | None) -> Stop | Event | None:
@@ -193,7 +198,9 @@ class Trap:
     def _is_stepped(self, violation: Violation) -> bool:
         """Whether the answer is to let one instruction through."""
         host = self._host_of(violation)
-        if host is None or not violation.final or violation.access == FETCH:
+        if host is None:
+            return self._is_of_device(violation)
+        if not violation.final or violation.access == FETCH:
             return False
         frame = self.frames.at(host)
         if violation.access == READ:
@@ -212,8 +219,14 @@ class Trap:
             return decision if isinstance(decision, Event) else Stop.ASKED
         if self.denials_fault and self.is_denied(violation):
             return GENERAL_PROTECTION
+        return self._open(violation, writes=violation.access == WRITE or modifies)
+
+    def _open(self, violation: Violation, *, writes: bool) -> Event | Stop | None:
+        """Open a frame, or a device, for the one instruction; as ``_admit``."""
+        if self.devices is not None and self._is_of_device(violation):
+            self.devices.admit(violation.page, writes=writes)
+            return None
         frame = self._frame_of(violation)
-        writes = violation.access == WRITE or modifies
         if violation.access == FETCH:
             return self._fetched(frame, violation)
         if not violation.final:
@@ -244,6 +257,12 @@ class Trap:
         if not self.mmu.view.can_allow(violation.gpa, violation.needed):
             raise DeniedAccess(violation)
         return self.frames.at(host)
+
+    def _is_of_device(self, violation: Violation) -> bool:
+        """Whether it is a load or store to a device: there is no memory at the GPA."""
+        if self.devices is None or not violation.final or violation.access == FETCH:
+            return False
+        return self._host_of(violation) is None and self.devices.bus.holds(violation.gpa)
 
     def _is_code(self, violation: Violation) -> bool:
         host = self._host_of(violation)
