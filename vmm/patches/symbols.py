@@ -33,7 +33,7 @@ _RANGE: Final = 1 << 30
 #: Deliveries that are looked at.
 _ENOUGH: Final = 64
 
-#: Entry points of exceptions and of the kernel's own interrupts, by vector: the name since Linux 5.8, then an older one.
+#: Entry points of exceptions and of the kernel's interrupts, by vector: the name since Linux 5.8, then the one before.
 _EXCEPTIONS: Final = {
     0: ("asm_exc_divide_error", "divide_error"),
     1: ("asm_exc_debug", "debug"),
