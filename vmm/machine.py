@@ -13,7 +13,7 @@ from vmm.ept.bits import ADDRESS_MASK
 from vmm.errors import OptionError
 from vmm.exits import End, FrameEvent, Record
 from vmm.guest.loader import Guest, load_guest
-from vmm.inputs import Answer, DrainLog, Inject, Interrupt, Invept, Invvpid, MonitorTrap, Stop
+from vmm.inputs import Answer, DrainLog, Inject, Interrupt, Invept, Invvpid, JournalWindows, MonitorTrap, Stop
 from vmm.monitors import HiddenPatch, Monitor
 from vmm.monitors.monitor import After, Before, Condition
 from vmm.reporter import E, Handler, Observer
@@ -319,6 +319,15 @@ class Machine:
         if self.tlb is not None:
             self.tlb.invvpid(type, vpid, linear)
         self._parts.flush()
+
+    def journal_windows(self) -> None:
+        """Put on record now what was written through windows that are open; they stay open.
+
+        From then on the journal accounts for every byte of every frame that was ever code. Without it a window's
+        difference is journaled when it closes, before anything in it can be executed.
+        """
+        with self.inputs.during(JournalWindows()):
+            self.door.journal_windows(self._parts.current.mmu)
 
     def verify(self) -> None:
         """Check the rules of the trap for every frame, if there is a trap; raises ``InvariantError``."""

@@ -180,15 +180,16 @@ SLEEPER = f"""
 
 @pytest.mark.parametrize("source", [SHELL, SLEEPER], ids=["busy", "asleep"])
 def test_a_terminal_is_the_console(tmp_path, source):
-    session = Session("--kernel", kernel(tmp_path, source))
-    session.expect(b"# " if source is SHELL else b">")
-    session.type(b"abc")
-    session.expect(b"ABC")
-    session.type(b"\x03\x01\x01")  # Ctrl-C is the guest's, and so is a doubled Ctrl-A
-    session.expect(b"ABC\x03\x01")
-    session.type(b"\x01x")
-    session.expect(b"exits")
-    assert session.close() == 0
+    with Session("--kernel", kernel(tmp_path, source)) as session:
+        session.expect(b"# " if source is SHELL else b">")
+        session.type(b"abc")
+        session.expect(b"ABC")
+        session.type(b"\x03\x01\x01")  # Ctrl-C is the guest's, and so is a doubled Ctrl-A
+        session.expect(b"ABC\x03\x01")
+        session.type(b"\x01x")
+        session.expect(b"exits")
+        assert session.wait() == 0
+        assert session.modes == session.before
 
 
 #: Calls a function that stores to another one, which is executed each time: forty times.

@@ -1,6 +1,7 @@
 """Debian's kernel and a static busybox, fetched with apt, and an initrd made of it.
 
-``python debian.py FOLDER`` leaves ``vmlinuz`` and ``initrd.cpio`` in a folder.
+``python debian.py FOLDER`` leaves ``vmlinuz`` and ``initrd.cpio`` in a folder. The initrd also has the programs that
+change themselves (``programs/``, built with GNU binutils), and a module of the kernel.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 KERNEL = "linux-image-cloud-amd64"
 BUSYBOX = "busybox-static"
-APPLETS = ("sh", "mount", "uname", "cat", "md5sum", "dd", "seq", "sleep", "grep", "poweroff", "reboot")
+APPLETS = (
+    *("sh", "mount", "uname", "cat", "md5sum", "dd", "seq", "sleep", "grep", "poweroff", "reboot"),
+    *("insmod", "rmmod", "wc"),
+)
+PROGRAMS = Path(__file__).parent / "programs"
+MODULE = "dummy.ko"
 INIT = b"""#!/bin/sh
 mount -t proc proc /proc
 exec setsid cttyhack sh
@@ -34,9 +41,7 @@ def fetch(folder: Path) -> tuple[Path, Path]:
 
 def update(folder: Path) -> None:
     """Have apt know what there is."""
-    for tool in ("apt-get", "apt-cache", "dpkg"):
-        if shutil.which(tool) is None:
-            raise RuntimeError(f"the Linux lane needs {tool}: run it on Debian or in a container of it")
+    _need("apt-get", "apt-cache", "dpkg")
     with Path(tempfile.gettempdir(), "vmm-debian.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # apt allows one update at a time, and there may be several test processes
         _run(folder, "apt-get", "update", "-qq")
@@ -58,6 +63,28 @@ def download(folder: Path, *packages: str) -> None:
         _run(folder, "dpkg", "-x", str(package), "root")
 
 
+def extras(folder: Path) -> dict[str, bytes]:
+    """What is run inside of Linux, by its path there: programs, built here, and a module of the kernel's package."""
+    _need("as", "ld")
+    files = {f"bin/{source.stem}": _program(source) for source in sorted(PROGRAMS.glob("*.S"))}
+    (module,) = (folder / "root/lib/modules").rglob(MODULE)
+    return files | {f"lib/{MODULE}": module.read_bytes()}
+
+
+def _program(source: Path) -> bytes:
+    with tempfile.TemporaryDirectory() as made:
+        code, program = Path(made, "code.o"), Path(made, "program")
+        _run(PROGRAMS, "as", "--64", "--fatal-warnings", "-o", str(code), source.name)
+        _run(PROGRAMS, "ld", "-m", "elf_x86_64", "--strip-all", "--fatal-warnings", "-o", str(program), str(code))
+        return program.read_bytes()
+
+
+def _need(*tools: str) -> None:
+    for tool in tools:
+        if shutil.which(tool) is None:
+            raise RuntimeError(f"the Linux lane needs {tool}: run it on Debian with binutils, or in a container of it")
+
+
 def _run(folder: Path, *command: str) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -65,10 +92,10 @@ def _run(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def initrd(busybox: Path) -> bytes:
-    """A cpio archive ("newc") with busybox, its applets, and an init that ends in a shell."""
+def initrd(busybox: Path, files: Mapping[str, bytes]) -> bytes:
+    """A cpio archive ("newc") with busybox, its applets, further files by path, and an init that ends in a shell."""
     archive = _Archive()
-    for name in ("bin", "dev", "proc", "sys", "tmp"):
+    for name in ("bin", "dev", "lib", "proc", "sys", "tmp"):
         archive.add(name, _FOLDER)
     archive.add("dev/console", _DEVICE, device=(5, 1))
     archive.add("dev/ttyS0", _DEVICE, device=(4, 64))
@@ -76,6 +103,8 @@ def initrd(busybox: Path) -> bytes:
     archive.add("bin/busybox", _REGULAR, busybox.read_bytes())
     for name in (*APPLETS, "setsid", "cttyhack"):
         archive.add(f"bin/{name}", _LINK, b"busybox")
+    for name, content in files.items():
+        archive.add(name, _REGULAR, content)
     archive.add("init", _REGULAR, INIT)
     archive.add("TRAILER!!!", 0)
     return bytes(archive.data)
@@ -147,7 +176,7 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kernel, busybox = fetch(folder)
     shutil.copy(kernel, folder / "vmlinuz")
-    (folder / "initrd.cpio").write_bytes(initrd(busybox))
+    (folder / "initrd.cpio").write_bytes(initrd(busybox, extras(folder)))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 
 import pytest
+from boots import APPEND
 from shadow import Shadow
-from test_debian import APPEND, files  # noqa: F401 - a fixture
 
 from vmm import assembly
 from vmm.commands.typist import Typist
@@ -45,12 +45,12 @@ class Boot:
 
 
 @pytest.fixture(scope="module")
-def with_apic(files) -> Boot:  # noqa: F811 - the fixture
+def with_apic(files) -> Boot:
     return Boot(*files, apic=True)
 
 
 @pytest.fixture(scope="module")
-def that_measures(files) -> Boot:  # noqa: F811 - the fixture
+def that_measures(files) -> Boot:
     """With a processor that does not tell the frequency of its clocks."""
 
     def silent(leaf, subleaf, cr4, *, apic_clock):
@@ -62,7 +62,7 @@ def that_measures(files) -> Boot:  # noqa: F811 - the fixture
 
 
 @pytest.fixture(scope="module")
-def without_apic(files) -> Boot:  # noqa: F811 - the fixture
+def without_apic(files) -> Boot:
     return Boot(*files, apic=False)
 
 

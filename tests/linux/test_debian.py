@@ -5,86 +5,23 @@ Run with ``pytest -m linux``; the packages are fetched with apt.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 from pathlib import Path
 
 import debian
 import pytest
-from attrs import define, field
-from shadow import Shadow
+from boots import Boot, boot
 
-from vmm.commands.typist import Typist
-from vmm.exits import End, ExitReason, Record
+from vmm.exits import ExitReason
 from vmm.guest.kallsyms import find_kallsyms
-from vmm.guest.linux import load_linux
-from vmm.machine import Machine, RunOptions
+from vmm.machine import RunOptions
 from vmm.memory.frames import FrameState
-from vmm.trace.sink import line
 
 sys.path.append(str(Path(__file__).parents[1] / "docs"))
 from pages import ROOT, Reader, blocks_of, provide_commands
 
 pytestmark = pytest.mark.linux
-
-COMMANDS = (
-    b"uname -sr",
-    b"cat /proc/cpuinfo | grep -c processor",
-    b"seq 1 1000 | md5sum",
-    b"dd if=/dev/zero bs=64k count=16 2>/dev/null | md5sum",
-    b"grep ' start_kernel$' /proc/kallsyms",
-    b"sleep 1; echo slept",
-    b"poweroff -f",
-)
-APPEND = "console=ttyS0 quiet panic=-1"
-
-
-@define
-class Boot:
-    """One boot: what it printed, how it ended, and digests of all that could differ."""
-
-    machine: Machine
-    shadow: Shadow
-    trace: object = field(factory=hashlib.sha256)
-    records: int = 0
-    end: End | None = None
-
-    def record(self, record: Record) -> None:
-        self.records += 1
-        self.trace.update(line(self.records, record).encode())
-
-    @property
-    def console(self) -> str:
-        return self.machine.console.output.decode()
-
-    def digest(self) -> tuple[str, str, str, int]:
-        memory = hashlib.sha256(self.machine.memory.bytes).hexdigest()
-        return self.trace.hexdigest(), memory, self.console, self.machine.pc.now()
-
-
-def boot(kernel: Path, initrd: Path, options: RunOptions | None = None) -> Boot:
-    machine = Machine(load_linux(kernel, initrd=initrd, command_line=APPEND, seconds=1200.0), options)
-    made = Boot(machine, Shadow(machine))
-    machine.observe(made.record)
-    Typist(COMMANDS, b"# ").connect(machine)
-    made.end = machine.run()
-    return made
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory) -> tuple[Path, Path]:
-    """(bzImage, initrd)."""
-    folder = tmp_path_factory.mktemp("debian")
-    kernel, busybox = debian.fetch(folder)
-    initrd = folder / "initrd"
-    initrd.write_bytes(debian.initrd(busybox))
-    return kernel, initrd
-
-
-@pytest.fixture(scope="session")
-def booted(files) -> Boot:
-    return boot(*files)
 
 
 def answers(made: Boot) -> None:

@@ -10,7 +10,6 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-import debian
 import pytest
 
 from vmm.patches.joined import join
@@ -41,14 +40,14 @@ ALWAYS = {
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Path:
+def page(files, tmp_path_factory) -> Path:
     """The folder in which docs/patches.md has been followed, with the traces of its boots."""
     folder = tmp_path_factory.mktemp("patches")
-    kernel, busybox = debian.fetch(folder)
+    kernel, initrd = files
     guest = folder / "guest"
     guest.mkdir()
     shutil.copy(kernel, guest / "vmlinuz")
-    (guest / "initrd.cpio").write_bytes(debian.initrd(busybox))
+    shutil.copy(initrd, guest / "initrd.cpio")
     provide_commands(folder / "bin")
     reader = Reader(guest, folder / "bin")
     for block in blocks_of(ROOT / "docs" / "patches.md"):

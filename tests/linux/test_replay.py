@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import debian
 import pytest
 from click.testing import CliRunner
 
@@ -21,16 +20,6 @@ COMMANDS = "uname -s\nseq 1 1000 | md5sum\npoweroff -f\n"
 
 def vmm(*arguments: object):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> tuple[Path, Path]:
-    """(bzImage, initrd)."""
-    folder = tmp_path_factory.mktemp("debian")
-    kernel, busybox = debian.fetch(folder)
-    initrd = folder / "initrd"
-    initrd.write_bytes(debian.initrd(busybox))
-    return kernel, initrd
 
 
 @pytest.fixture(scope="module")

@@ -119,15 +119,15 @@ def test_it_comes_again_where_no_machine_code_can_count(files, tmp_path, monkeyp
 def test_a_session_at_a_terminal_comes_again(files, tmp_path):
     trace = tmp_path / "t"
     for name in ("busy", "asleep"):
-        session = terminals.Session("--kernel", str(files[name]), "--memory", "18M", "--trace", str(trace))
-        session.expect(b">")
-        session.type(b"AB")
-        session.expect(b"AB")
-        session.type(b"\x01\x01C")
-        session.expect(b"AB\x01C")
-        session.type(b"\x01x")
-        session.expect(b"exits")
-        assert session.close() == 0
+        with terminals.Session("--kernel", str(files[name]), "--memory", "18M", "--trace", str(trace)) as session:
+            session.expect(b">")
+            session.type(b"AB")
+            session.expect(b"AB")
+            session.type(b"\x01\x01C")
+            session.expect(b"AB\x01C")
+            session.type(b"\x01x")
+            session.expect(b"exits")
+            assert session.wait() == 0
         result = vmm("replay", trace)
         assert "byte-identical" in result.output, result.stderr
         assert b"".join(typed(trace.read_bytes())) == b"AB\x01C"
@@ -274,12 +274,13 @@ class TestSpoiled:
 
 
 def test_a_session_that_was_interrupted_is_replayed_up_to_there(files, tmp_path):
-    session = terminals.Session("--kernel", str(files["asleep"]), "--memory", "18M", "--trace", str(tmp_path / "t"))
-    session.expect(b">")
-    session.type(b"A")
-    session.expect(b"A")
-    session.process.send_signal(signal.SIGTERM)
-    assert session.close() == 143
+    arguments = ("--kernel", str(files["asleep"]), "--memory", "18M", "--trace", str(tmp_path / "t"))
+    with terminals.Session(*arguments) as session:
+        session.expect(b">")
+        session.type(b"A")
+        session.expect(b"A")
+        session.process.send_signal(signal.SIGTERM)
+        assert session.wait() == 143
     assert "because it was interrupted" in one_line(vmm("replay", tmp_path / "t"))
     assert WholeTrace.read(tmp_path / "t").cut > 0
 

@@ -316,6 +316,21 @@ class TestHostProgram:
         assert [name for name, _ in inputs(trace)] == ["seal", "stop", "registers"]
         assert_comes_again(tmp_path / "t", trace)
 
+    def test_windows_that_were_journaled(self, tmp_path):
+        source = "mov byte ptr [0x12000], 1; vmcall; mov byte ptr [0x12001], 2; vmcall\nout 0xf4, al"
+        folder = guest(tmp_path / "g", source)
+        manifest = folder / "guest.toml"
+        manifest.write_text(manifest.read_text().replace("[policy]", '[policy]\nwrites = "window"'))
+
+        def act(machine):
+            machine.on(Vmcall)(lambda _: machine.journal_windows())
+
+        trace = recorded(tmp_path / "t", folder, prepare=act)
+        assert [name for name, _ in inputs(trace)] == ["journal", "journal"]
+        assert trace.count(b'"cause": "window"') == 2
+        assert trace.count(b'"to": "window"') == 1
+        assert_comes_again(tmp_path / "t", trace)
+
     def test_registers_that_nobody_can_set_again_are_refused(self, tmp_path):
         def act(machine):
             @machine.on(Vmcall)

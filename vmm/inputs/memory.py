@@ -163,6 +163,17 @@ class Reveal(Input):
 
 
 @frozen(slots=True)
+class JournalWindows(Input):
+    """The host had journaled what was written through open windows."""
+
+    name: ClassVar[str] = "journal"
+
+    def apply(self, machine: Machine) -> None:
+        """Journal it."""
+        machine.journal_windows()
+
+
+@frozen(slots=True)
 class DrainLog(Input):
     """The host emptied the page-modification log of a vCPU, and if ``clean`` cleared the dirty flags of its pages.
 

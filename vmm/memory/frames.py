@@ -77,7 +77,7 @@ class Frame:
     gpas: list[int] = field(factory=list)
     elsewhere: tuple[tuple[int, int], ...] = ()
     linear: Aliases = field(default=_NO_ALIASES)
-    #: Contents when the window was opened.
+    #: Contents when the window was opened, or last journaled.
     before: bytes = b""
     #: Whether code reads were granted (policy), so that the frame is R-X instead of --X.
     readable: bool = False

@@ -33,7 +33,7 @@ _RANGE: Final = 1 << 30
 #: Deliveries that are looked at.
 _ENOUGH: Final = 64
 
-#: Entry points of exceptions, by vector: the name since Linux 5.8, then the one before.
+#: Entry points of exceptions and of the kernel's interrupts, by vector: the name since Linux 5.8, then the one before.
 _EXCEPTIONS: Final = {
     0: ("asm_exc_divide_error", "divide_error"),
     1: ("asm_exc_debug", "debug"),
@@ -42,6 +42,8 @@ _EXCEPTIONS: Final = {
     7: ("asm_exc_device_not_available", "device_not_available"),
     13: ("asm_exc_general_protection", "general_protection"),
     14: ("asm_exc_page_fault", "page_fault"),
+    236: ("asm_sysvec_apic_timer_interrupt", "apic_timer_interrupt"),
+    246: ("asm_sysvec_irq_work", "irq_work_interrupt"),
 }
 #: Tables of entry points: name, first vector, number of vectors, and the sizes that an entry may have.
 _TABLES: Final = (

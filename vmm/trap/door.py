@@ -132,9 +132,16 @@ class Door:
         callers: tuple[int, ...] | None = None,
     ) -> None:
         """Show committed changes to whoever watches."""
-        if self._reporter.observed:
-            for number, change, dead in entries:
-                self._reporter.emit(self._modification(number, change, dead, rip, cause, mmu, callers))
+        if not self._reporter.observed:
+            return
+        # A window has hundreds of changes at times, all of one frame.
+        pages: dict[int, tuple[int, ...]] = {}
+        for number, change, dead in entries:
+            page = change.hpa & -PAGE
+            if page not in pages:
+                pages[page] = () if mmu is None else mmu.aliases(self._frames.at(page), 0)
+            aliases = tuple([linear + (change.hpa & _OFFSET) for linear in pages[page]])
+            self._reporter.emit(_modification(number, change, dead, rip, cause, aliases, callers))
 
     def invalidate(self, change: Change, cause: str) -> list[Block]:
         """Drop the blocks that overlap bytes which really changed; identical bytes kill nothing."""
@@ -181,9 +188,9 @@ class Door:
             tables.written(before, None if mmu is None or cause == "host" else mmu.pc)
 
     def journal_window(self, frame: Frame, mmu: Mmu | None) -> None:
-        """Journal what has changed in a frame since it became a window."""
-        before, frame.before = frame.before, b""
-        after = self._memory.read(frame.hpa, PAGE)
+        """Journal what has changed in a frame since it became a window, or since ``journal_windows``."""
+        before, after = frame.before, self._memory.read(frame.hpa, PAGE)
+        frame.before = after if frame.lasting is FrameState.WINDOW else b""
         hpa, gpa = frame.hpa, frame.gpas[0]
         changes = [
             Change(hpa + start, gpa + start, None, before[start : start + size], after[start : start + size])
@@ -191,30 +198,33 @@ class Door:
         ]
         self.record(changes, rip=None, cause="window", mmu=mmu)
 
-    def _modification(
-        self,
-        number: int,
-        change: Change,
-        dead: list[Block],
-        rip: int | None,
-        cause: str,
-        mmu: Mmu | None,
-        callers: tuple[int, ...] | None,
-    ) -> Modification:
-        frame: Frame = self._frames.at(change.hpa)
-        aliases = mmu.aliases(frame, change.hpa & _OFFSET) if mmu is not None else ()
-        return Modification(
-            gpa=change.gpa,
-            gva=change.gva,
-            rip=rip,
-            old=change.old,
-            new=change.new,
-            cause=cause,
-            instruction=number,
-            aliases=aliases,
-            blocks=tuple(block.number for block in dead),
-            callers=callers,
-        )
+    def journal_windows(self, mmu: Mmu | None) -> None:
+        """Journal what has changed in the frames that are windows; they stay windows."""
+        for frame in [frame for frame in self._frames if frame.lasting is FrameState.WINDOW]:
+            self.journal_window(frame, mmu)
+
+
+def _modification(
+    number: int,
+    change: Change,
+    dead: list[Block],
+    rip: int | None,
+    cause: str,
+    aliases: tuple[int, ...],
+    callers: tuple[int, ...] | None,
+) -> Modification:
+    return Modification(
+        gpa=change.gpa,
+        gva=change.gva,
+        rip=rip,
+        old=change.old,
+        new=change.new,
+        cause=cause,
+        instruction=number,
+        aliases=aliases,
+        blocks=tuple([block.number for block in dead]),
+        callers=callers,
+    )
 
 
 def changed_runs(old: bytes, new: bytes) -> list[tuple[int, int]]:
