@@ -123,6 +123,7 @@ class Engine:
         if self.open:
             self.open = False
             b.close_engine(self.handle)
+            self.fills.retire()
 
     def __del__(self) -> None:
         if getattr(self, "open", False) and b is not None:

@@ -151,6 +151,7 @@ class FillTable:
         self._slots: mmap.mmap | None = None
         self._settings: dict[Setting, int] = {}
         self._setting = 0
+        self._used = False
 
     def connect(self, live: LiveState) -> None:
         """Begin to answer, where there is machine code and the state of the running engine can be read in place."""
@@ -193,8 +194,9 @@ class FillTable:
     def clear(self) -> None:
         """Forget all fills, and all settings: ``select`` one before the next is kept."""
         self._settings.clear()
-        if self._slots is not None:
+        if self._slots is not None and self._used:
             self._slots[:] = bytes(len(self._slots))
+            self._used = False
 
     def keep(self, granted: Granted) -> None:
         """Remember what a fill was granted, unless it depends on more than a slot has room for."""
@@ -205,4 +207,5 @@ class FillTable:
         key |= page & -REGION | _OF_REGION if size == REGION else page
         slot = ((key ^ cr3) * _MULTIPLIER & _U64) >> 64 - _SLOTS_LOG2
         pack = _PACK[len(watched) >> 1]
+        self._used = True
         pack(self._slots, slot * _SLOT, key, cr3, leaves, needed, allowed, fetched, *watched, 0)
