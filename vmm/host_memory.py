@@ -88,7 +88,7 @@ class HostMemory:
             for host, where, _ in places:
                 self._map(gpa + where - target, self.frames.at(host))
             for vcpu in self.vcpus:
-                vcpu.mmu.frames_changed()
+                vcpu.mmu.aliases.frames_changed()
             self.flush()
 
     def protect(

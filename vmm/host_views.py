@@ -168,7 +168,7 @@ class HostViews:
             for page, _ in pages:
                 self.tlb.invept_page(view.eptp & ADDRESS_MASK, page)
         for vcpu in self.vcpus:
-            vcpu.mmu.frames_changed()
+            vcpu.mmu.aliases.frames_changed()
             vcpu.mmu.forget_all_fetches()
             if any(self.frames.is_system(frame.hpa) for _, frame in pages):
                 vcpu.mmu.tables_changed()

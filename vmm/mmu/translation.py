@@ -20,7 +20,8 @@ from vmm.ept.bits import USER_EXECUTE
 from vmm.ept.qualification import advanced
 from vmm.ept.views import View
 from vmm.memory import PAGE, GuestMemory
-from vmm.memory.frames import Frame, Frames
+from vmm.memory.frames import Frames
+from vmm.mmu.aliases import Aliases
 from vmm.mmu.fetch_pages import FetchPages
 from vmm.mmu.quick_fills import QuickFills
 from vmm.mmu.refusals import (
@@ -110,9 +111,8 @@ class Mmu:
         self.quick: Final = QuickFills(memory)
         #: What the last translation depends on of the guest's paging structures; None if that is not known.
         self._reads: tuple[Read, ...] | None = None
-        self._fixed_root: int | None = None
-        self._fixed: list[tuple[int, int, int]] = []
-        self._fixed_pages: dict[int, list[int]] = {}
+        #: Which linear addresses reach a frame.
+        self.aliases: Final = Aliases(frames, self)
         self._fixed_walks: dict[tuple[int, int, bool], Translation] = {}
         self._walks: Final = WalkCache(memory, view.ept)
         #: Whether the paging mode has entries that walks can be remembered by.
@@ -132,7 +132,7 @@ class Mmu:
         self.structures.use(view)
         self._walks.use(view.ept)
         self.forget_all_fetches()
-        self.frames_changed()
+        self.aliases.frames_changed()
         self.quick.select(self._mode_of, view)
 
     # Fills
@@ -262,7 +262,7 @@ class Mmu:
         cr0, cr3, cr4, efer, user = control
         if self._mode_of != (cr0 & CR0_USED, cr4 & CR4_USED, efer & EFER_USED):
             self._select_mode(cr0, cr4, efer)
-        if cr3 & LEAF_ADDRESS == self._fixed_root:
+        if cr3 & LEAF_ADDRESS == self.aliases.fixed_root:
             known = self._fixed_walks.get((page, access, user))
             if known is not None:
                 self._reads = ()
@@ -295,7 +295,7 @@ class Mmu:
             self.refusal = violation.refusal(page, access)
             return None
         leaf = self._ept.translate(translation.gpa)
-        if root == self._fixed_root:
+        if root == self.aliases.fixed_root:
             self._fixed_walks[page, access, user] = translation
             self._reads = ()
         elif leaf and leaf != MISCONFIGURED:
@@ -356,6 +356,16 @@ class Mmu:
         return translation, self._ept.translate(translation.gpa)
 
     # Looking at the guest
+
+    @property
+    def root(self) -> int:
+        """The page that CR3 leads to."""
+        return self._context.cr3 & LEAF_ADDRESS
+
+    @property
+    def space(self) -> int:
+        """The address space in use, for ``rights``."""
+        return space_of(self._context.cr0, self._context.cr3)
 
     def peek(self, gva: int) -> int | None:
         """The host address behind a linear address, for looking only: no rights, no flags set; None if unmapped."""
@@ -446,44 +456,11 @@ class Mmu:
 
     def fix_tables(self, root: int, mappings: list[tuple[int, int, int]]) -> None:
         """The address space of ``root`` consists of these (GVA, GPA, bytes), later ones winning, and never changes."""
-        self._fixed_root, self._fixed = root, mappings
+        self.aliases.fix(root, mappings)
         self._fixed_walks.clear()
         self.quick.forget()
 
     def tables_changed(self) -> None:
         """The host has written to the address space that was fixed: from now on it is like any other."""
-        self._fixed_root = None
+        self.aliases.unfix()
         self.quick.forget()
-
-    def frames_changed(self) -> None:
-        """GPAs lead to other frames now: which linear pages reach a frame has to be found anew."""
-        self._fixed_pages.clear()
-
-    def aliases(self, frame: Frame, offset: int) -> tuple[int, ...]:
-        """All linear addresses of the current address space known to reach a byte of a frame, ascending."""
-        root = self._context.cr3 & LEAF_ADDRESS
-        if root == self._fixed_root:
-            pages = self._fixed_pages.get(frame.hpa) or self._fixed_aliases(frame)
-            return tuple([page + offset for page in pages])
-        candidates = {page for where, page in frame.linear if where == root}
-        for gpa in (*frame.gpas, *(gpa for _, gpa in frame.elsewhere)):
-            candidates.update(self._frames.in_regions(root, gpa))
-        return tuple(sorted(page + offset for page in candidates if self.peek(page) == frame.hpa))
-
-    def may_execute(self, frame: Frame) -> bool:
-        """Whether the page tables of an address space that was seen let a frame be fetched from, as they are now."""
-        current = self._context.cr3 & LEAF_ADDRESS
-        space = space_of(self._context.cr0, self._context.cr3)
-        places = [(space, page) for page in self.aliases(frame, 0)]
-        places += [place for place in self._frames.reached_by(frame) if place[0] != current]
-        found = (self.rights(root, page) for root, page in places)
-        return any(host == frame.hpa and executable for host, _, executable in filter(None, found))
-
-    def _fixed_aliases(self, frame: Frame) -> list[int]:
-        """The linear pages of a frame in the constant address space, ascending."""
-        pages: set[int] = set()
-        for gpa in {*frame.gpas, *(gpa for _, gpa in frame.elsewhere)}:
-            candidates = (gva + gpa - start for gva, start, size in self._fixed if start <= gpa < start + size)
-            pages.update(page for page in candidates if self.peek(page) == frame.hpa)
-        self._fixed_pages[frame.hpa] = sorted(pages)
-        return self._fixed_pages[frame.hpa]

@@ -139,7 +139,7 @@ class Door:
         for number, change, dead in entries:
             page = change.hpa & -PAGE
             if page not in pages:
-                pages[page] = () if mmu is None else mmu.aliases(self._frames.at(page), 0)
+                pages[page] = () if mmu is None else mmu.aliases.of(self._frames.at(page), 0)
             aliases = tuple([linear + (change.hpa & _OFFSET) for linear in pages[page]])
             self._reporter.emit(_modification(number, change, dead, rip, cause, aliases, callers))
 

@@ -306,7 +306,7 @@ class Trap:
         wanted = self.policy.writes == "window" or (self.policy.writes in _ADAPTIVE and frame.traps >= HOT_FRAME)
         if not wanted or self.instruction.lies_in(frame) or self._is_fetched_with_store(frame):
             return False
-        return self.policy.writes != "attribute" or not self.mmu.may_execute(frame)
+        return self.policy.writes != "attribute" or not self.mmu.aliases.may_execute(frame)
 
     def _is_fetched_with_store(self, frame: Frame) -> bool:
         """Whether the block that the store is in ends in the frame: it is fetched as a whole, before the store."""
