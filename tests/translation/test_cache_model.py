@@ -116,13 +116,6 @@ class CacheAgainstModel(RuleBasedStateMachine):
             shares = any(overlap(block.spans, *span) for old in before[:kept_oldest] for span in old.spans)
             assert by_age or shares
 
-    @rule()
-    def evict_all(self) -> None:
-        dying = list(self.live)
-        self.cache.evict_all("reset")
-        self._drop(dying, "evicted", "reset")
-        self.evicted += len(dying)
-
     @rule(alias=st.integers(0, 2), frame=frames, offset=offsets, mode=modes)
     def find(self, alias: int, frame: int, offset: int, mode: int) -> None:
         hpa = frame * PAGE + offset

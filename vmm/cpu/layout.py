@@ -52,7 +52,6 @@ HF_CS32: Final = 1 << 4
 HF_SS32: Final = 1 << 5
 HF_ADDSEG: Final = 1 << 6
 HF_PE: Final = 1 << 7
-HF_TF: Final = 1 << 8
 HF_LMA: Final = 1 << 14
 HF_CS64: Final = 1 << 15
 

@@ -66,11 +66,6 @@ class SerialPort:
         self._settle()
         return len(taken)
 
-    @property
-    def idle(self) -> bool:
-        """Whether the guest has read all that was sent to it."""
-        return not (self._received or self._waiting)
-
     def read_register(self, offset: int) -> int:
         """IN."""
         match offset:

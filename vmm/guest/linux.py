@@ -23,15 +23,14 @@ from typing import Final
 from attrs import frozen
 
 from vmm.cpu.state import Segment as SegmentRegister
-from vmm.cpu.state import SegmentName
 from vmm.errors import ImageError, OptionError
 from vmm.guest import acpi
-from vmm.guest.boot import BootState, CpuBoot, SystemArea
+from vmm.guest.boot import BootState, SystemArea
 from vmm.guest.files import one_line, read_file
 from vmm.guest.image import ELF_FILE_LIMIT, ELF_MAGIC, LoadedImage, Segment
 from vmm.guest.loader import BootProtocol, Guest
 from vmm.guest.manifest import MEMORY_LIMIT, CpuSpec, End, Image, Limits, MachineSpec, Manifest, Policy
-from vmm.guest.pc_boot import HIGH_MEMORY, MIB, advise, check_memory, encode_command_line, memory_map
+from vmm.guest.pc_boot import HIGH_MEMORY, MIB, advise, check_memory, encode_command_line, memory_map, processor
 from vmm.guest.symbols import Symbols
 
 #: What a trace calls it.
@@ -81,8 +80,6 @@ _CR4_PAE: Final = 1 << 5
 _EFER: Final = 1 << 11 | 1 << 10 | 1 << 8  # NXE LMA LME
 _CODE_64: Final = SegmentRegister(0x10, 0, 0xFFFF_FFFF, 0xA09B)
 _DATA: Final = SegmentRegister(0x18, 0, 0xFFFF_FFFF, 0xC093)
-_NULL: Final = SegmentRegister(0, 0, 0, 0)
-_TASK: Final = SegmentRegister(0, 0, 0xFFFF, 0x8B)
 _DESCRIPTORS: Final = struct.pack("<QQQQ", 0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
 
 
@@ -252,17 +249,7 @@ def _page_tables() -> bytes:
 
 
 def _boot_state(entry: int, memory: int, writes: list[tuple[int, bytes]]) -> BootState:
-    data: tuple[SegmentName, ...] = ("ds", "es", "ss", "fs", "gs")
-    cpu = CpuBoot(
-        rip=entry,
-        gprs={"rsi": _ZERO_PAGE},
-        xmm=(),
-        rflags=2,
-        mxcsr=0x1F80,
-        fcw=0x37F,
-        idtr=(0, 0),
-        segments={"cs": _CODE_64, **dict.fromkeys(data, _DATA), "ldtr": _NULL, "tr": _TASK},
-    )
+    cpu = processor(entry, {"rsi": _ZERO_PAGE}, code=_CODE_64, data=_DATA)
     return BootState(
         mode="long",
         memory=memory,

@@ -24,17 +24,25 @@ from typing import Final
 from attrs import frozen
 
 from vmm.cpu.state import Segment as SegmentRegister
-from vmm.cpu.state import SegmentName
 from vmm.devices.uart import COM1
 from vmm.errors import ImageError, OptionError
 from vmm.guest import acpi
-from vmm.guest.boot import BootState, CpuBoot, SystemArea
+from vmm.guest.boot import BootState, SystemArea
 from vmm.guest.files import one_line, read_file
 from vmm.guest.image import ELF_FILE_LIMIT, PAGE, LoadedImage
 from vmm.guest.loader import BootProtocol, Guest
 from vmm.guest.manifest import CpuSpec, End, Image, Limits, MachineSpec, Manifest, Policy
 from vmm.guest.multiboot_image import INFORMATION, read_multiboot_image
-from vmm.guest.pc_boot import HIGH_MEMORY, LOW_MEMORY_END, MIB, advise, check_memory, encode_command_line, memory_map
+from vmm.guest.pc_boot import (
+    HIGH_MEMORY,
+    LOW_MEMORY_END,
+    MIB,
+    advise,
+    check_memory,
+    encode_command_line,
+    memory_map,
+    processor,
+)
 
 #: What a trace calls it.
 PROTOCOL: Final = "multiboot"
@@ -61,8 +69,6 @@ _MEMORY_AREA: Final = struct.Struct("<IQQI")
 _CR0: Final = 1 << 4 | 1 << 0  # ET PE
 _CODE: Final = SegmentRegister(0x08, 0, 0xFFFF_FFFF, 0xC09B)
 _DATA: Final = SegmentRegister(0x10, 0, 0xFFFF_FFFF, 0xC093)
-_NULL: Final = SegmentRegister(0, 0, 0, 0)
-_TASK: Final = SegmentRegister(0, 0, 0xFFFF, 0x8B)
 _DESCRIPTORS: Final = struct.pack("<QQQ", 0, 0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
 
 
@@ -180,17 +186,7 @@ def _information(command_line: bytes, modules: Sequence[_Module], memory: int) -
 
 
 def _boot_state(entry: int, memory: int, information: int, writes: list[tuple[int, bytes]]) -> BootState:
-    data: tuple[SegmentName, ...] = ("ds", "es", "ss", "fs", "gs")
-    cpu = CpuBoot(
-        rip=entry,
-        gprs={"rax": LOADER_MAGIC, "rbx": information},
-        xmm=(),
-        rflags=2,
-        mxcsr=0x1F80,
-        fcw=0x37F,
-        idtr=(0, 0),
-        segments={"cs": _CODE, **dict.fromkeys(data, _DATA), "ldtr": _NULL, "tr": _TASK},
-    )
+    cpu = processor(entry, {"rax": LOADER_MAGIC, "rbx": information}, code=_CODE, data=_DATA)
     return BootState(
         mode="protected",
         memory=memory,

@@ -1,4 +1,4 @@
-"""What the boot protocols of a PC have in common: the RAM as its firmware tells of it, and the command line.
+"""What the boot protocols of a PC have in common: the RAM as its firmware tells of it, the processor, the command line.
 
 ::
 
@@ -13,7 +13,9 @@ from typing import Final
 
 from attrs import frozen
 
+from vmm.cpu.state import Segment, SegmentName
 from vmm.errors import OptionError
+from vmm.guest.boot import CpuBoot
 from vmm.guest.manifest import MEMORY_LIMIT
 
 MIB: Final = 1 << 20
@@ -22,6 +24,8 @@ HIGH_MEMORY: Final = MIB
 USABLE, RESERVED = 1, 2
 
 _GRANULE: Final = 2 * MIB
+_NULL: Final = Segment(0, 0, 0, 0)
+_TASK: Final = Segment(0, 0, 0xFFFF, 0x8B)
 
 
 @frozen(slots=True)
@@ -47,6 +51,21 @@ def check_memory(memory: int) -> None:
     if memory % _GRANULE or not 0 < memory <= MEMORY_LIMIT:
         fix = f"give a multiple of 2 MiB up to {MEMORY_LIMIT // MIB}M"
         raise OptionError(f"{memory:#x} bytes of memory", where="memory", fix=fix)
+
+
+def processor(rip: int, gprs: dict[str, int], *, code: Segment, data: Segment) -> CpuBoot:
+    """The processor as a kernel finds it: interrupts off, no IDT, ``code`` in CS and ``data`` in all data segments."""
+    names: tuple[SegmentName, ...] = ("ds", "es", "ss", "fs", "gs")
+    return CpuBoot(
+        rip=rip,
+        gprs=gprs,
+        xmm=(),
+        rflags=2,
+        mxcsr=0x1F80,
+        fcw=0x37F,
+        idtr=(0, 0),
+        segments={"cs": code, **dict.fromkeys(names, data), "ldtr": _NULL, "tr": _TASK},
+    )
 
 
 def advise(end: int) -> str:

@@ -117,13 +117,6 @@ class BlockCache:
                 dying.update((block.key, block) for block in self.overlapping(address, size))
             self._drop(list(dying.values()), "evicted", "capacity")
 
-    def evict_all(self, cause: str) -> None:
-        """Drop every block, in the cache and in the engines."""
-        for block in self:
-            for address, size in block.spans:
-                self._forget(address, size)
-        self._drop(list(self), "evicted", cause)
-
     def _drop(self, dying: list[Block], event: str, cause: str) -> None:
         for block in dying:
             del self._blocks[block.key]
