@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from vmm.exits import EptViolation, Exit, FrameEvent, Modification, Mtf, Record
+from vmm.exits import EptViolation, Exit, Mtf
 from vmm.machine import Machine
 from vmm.memory import PAGE
 from vmm.memory.frames import Frame, FrameState
+from vmm.records import FrameEvent, Modification, Record
 
 #: States of frames that hold what may be executed, now or when the instruction that is being stepped is complete.
 _TEXT = (FrameState.CODE, FrameState.SEALED)

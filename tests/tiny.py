@@ -9,13 +9,14 @@ from pathlib import Path
 import keystone
 from attrs import define, evolve, field
 
-from vmm.exits import BlockEvent, End, EptViolation, Exit, ExitReason, FrameEvent, Modification, Record
+from vmm.exits import EptViolation, Exit, ExitReason
 from vmm.guest.image import LoadedImage, Segment
 from vmm.guest.loader import Guest
 from vmm.guest.manifest import CpuSpec, Image, Ipi, Limits, MachineSpec, Manifest, Paging, Policy, Schedule
 from vmm.guest.manifest import Mapping as PageMapping
 from vmm.guest.symbols import Symbols
 from vmm.machine import Machine, RunOptions
+from vmm.records import BlockEvent, End, FrameEvent, Modification, Record
 
 PAGE = 0x1000
 #: Where the code of a tiny guest starts, its data page, and the end of its stack (one page).

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from vmm.cpu.defects import block_is_affected
 from vmm.errors import AuditError
-from vmm.exits import BlockEvent
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames
 from vmm.pace import places, width
+from vmm.records import BlockEvent
 from vmm.reporter import Reporter
 from vmm.tlb.strict import changes_mappings
 from vmm.translation import Auditor, Block, BlockCache, Span

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from vmm.exits import End, Record
     from vmm.guest.loader import Guest
+    from vmm.records import End, Record
     from vmm.trace.report import Divergence
 
 

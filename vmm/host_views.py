@@ -11,10 +11,10 @@ from vmm.ept import ExtendedPageTables, Permission
 from vmm.ept.bits import ADDRESS_MASK, GPA_LIMIT
 from vmm.ept.views import View, Views
 from vmm.errors import OptionError
-from vmm.exits import ViewEvent
 from vmm.inputs import AddView, EptpList, Inputs, Remap, Restrict, SwitchView, VeArea
 from vmm.memory import PAGE
 from vmm.memory.frames import Frame, Frames, FrameState
+from vmm.records import ViewEvent
 from vmm.reporter import Reporter
 from vmm.tlb import StrictTlb
 from vmm.vcpu import VirtualCpu

@@ -11,11 +11,11 @@ from vmm.cpu.events import Event, EventType
 from vmm.ept import PageModificationLog, Permission
 from vmm.ept.bits import ADDRESS_MASK
 from vmm.errors import OptionError
-from vmm.exits import End, FrameEvent, Record
 from vmm.guest.loader import Guest, load_guest
 from vmm.inputs import Answer, DrainLog, Inject, Interrupt, Invept, Invvpid, JournalWindows, MonitorTrap, Stop
 from vmm.monitors import HiddenPatch, Monitor
 from vmm.monitors.monitor import After, Before, Condition
+from vmm.records import End, FrameEvent, Record
 from vmm.reporter import E, Handler, Observer
 from vmm.run_options import RunOptions
 from vmm.trap.frames import verify_frame

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 from attrs import frozen
 
 if TYPE_CHECKING:
-    from vmm.exits import End
     from vmm.guest.manifest import Manifest
+    from vmm.records import End
 
 
 class Status(enum.IntEnum):

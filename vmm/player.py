@@ -10,9 +10,10 @@ from attrs import frozen
 
 from vmm.cpu.events import Event
 from vmm.errors import InputError, OptionError
-from vmm.exits import Exit, Record
+from vmm.exits import Exit
 from vmm.inputs import Decision, Input, Moment, Place, PortRead, parse
 from vmm.machine import Machine
+from vmm.records import Record
 from vmm.reporter import REPLACEABLE
 from vmm.trace.reading import TraceReader
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from attrs import define, field
 
-from vmm import exits
+from vmm import exits, records
 from vmm.board import Board
 from vmm.control_fields import ControlFields
 from vmm.cpu import layout
@@ -382,7 +382,7 @@ class Processor:
         if self.reporter.observed:
             done = delivered.event
             name = done.type.name.lower().replace("_", " ")
-            self.reporter.emit(exits.Injection(int(done.vector), name, done.error_code, context.pc))
+            self.reporter.emit(records.Injection(int(done.vector), name, done.error_code, context.pc))
 
     def _forbidden(self, event: Event, problem: ForbiddenStructure) -> None:
         """A view does not allow what an event's delivery reaches for: a handler may mend that, for another try."""
@@ -428,7 +428,7 @@ class Processor:
             self.fields.eptp_index = ecx
             self.reporter.charge()
             if self.reporter.observed:
-                self.reporter.emit(exits.ViewEvent("switched", view.number, "vmfunc", rip=context.pc))
+                self.reporter.emit(records.ViewEvent("switched", view.number, "vmfunc", rip=context.pc))
         context.rip += len(VMFUNC)
         self.vcpu.pace.spend()
 

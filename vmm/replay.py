@@ -11,7 +11,6 @@ import attrs
 from attrs import evolve
 
 from vmm.errors import InputError, OptionError
-from vmm.exits import Record
 from vmm.guest import linux, multiboot
 from vmm.guest.ept import ept_from
 from vmm.guest.files import one_line, shown
@@ -20,6 +19,7 @@ from vmm.guest.manifest_reader import policy_from
 from vmm.machine import Machine, RunOptions
 from vmm.player import RECORD_AGAIN, Player
 from vmm.recording import digests, record
+from vmm.records import Record
 from vmm.trace.comparison import Comparison
 from vmm.trace.header import Header, RecordedBoot
 from vmm.trace.reading import BETWEEN, TraceLine, TraceReader

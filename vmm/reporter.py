@@ -17,12 +17,12 @@ from vmm.exits import (
     ExceptionExit,
     Exit,
     ExitReason,
-    Record,
     SppEvent,
     Vmcall,
     Vmfunc,
 )
 from vmm.inputs import Inputs
+from vmm.records import Record
 
 E = TypeVar("E", bound=Exit)
 #: Called with each exit of its type before the default answer. A returned ``Event`` is delivered instead of that

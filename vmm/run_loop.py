@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from vmm.exits import End
 from vmm.processor import Processor
+from vmm.records import End
 from vmm.reporter import Reporter
 from vmm.run_state import RunState
 from vmm.scheduler import Scheduler

@@ -9,7 +9,7 @@ from typing import Final
 
 from attrs import define, field
 
-from vmm.exits import Json
+from vmm.records import Json
 from vmm.reporter import Reporter
 
 #: Seconds between two attempts to stop the engines: one that is about to start does not hear the first.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Final
 from vmm.cpu.events import Event, EventType, Vector
 from vmm.ept import Permission
 from vmm.errors import OptionError
-from vmm.exits import EptViolation, ExceptionExit, Exit, IoInstruction, Record
+from vmm.exits import EptViolation, ExceptionExit, Exit, IoInstruction
+from vmm.records import Record
 from vmm.trace.actions import ActionError
 from vmm.trace.matcher import Matcher, Verdict
 from vmm.trace.syntax import AnyOrder, Either, Expect, Node, Repeat, Section

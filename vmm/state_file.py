@@ -14,8 +14,8 @@ from vmm.errors import OptionError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from vmm.exits import End, Json
     from vmm.machine import Machine
+    from vmm.records import End, Json
 
 SCHEMA: Final = "vmm-state/1"
 _NUMBER: Final = r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}"

@@ -16,12 +16,12 @@ from vmm.cpu.free import FreeRunningEngine
 from vmm.cpu.state import SegmentName
 from vmm.cpu.stepping import SteppingEngine
 from vmm.ept.views import View
-from vmm.exits import StaleExecution
 from vmm.guest.boot import BootState
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames
 from vmm.mmu import CurrentInstruction, Mmu, StepMemory
 from vmm.pace import Pace
+from vmm.records import StaleExecution
 from vmm.tlb import StrictMmu, StrictTlb
 from vmm.translation import BlockCache
 

@@ -3,8 +3,8 @@
 import pytest
 
 from vmm.coherence import Coherence
-from vmm.exits import StaleExecution
 from vmm.machine import Machine, RunOptions
+from vmm.records import StaleExecution
 
 SYNCHRONISED = ("lazy-binding", "shrink-wrap")
 

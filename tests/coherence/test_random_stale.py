@@ -10,9 +10,9 @@ from attrs import evolve
 from random_guests import BRANCH, UNIT, RandomGuest
 
 from vmm.coherence import Coherence
-from vmm.exits import StaleExecution
 from vmm.guest.manifest import Policy
 from vmm.machine import RunOptions
+from vmm.records import StaleExecution
 
 #: Synchronises in both weaker models, and changes no register.
 SYNCHRONISE = tiny.assemble("wbinvd").ljust(UNIT, b"\x90")

@@ -8,9 +8,9 @@ from attrs import evolve
 from tiny import CODE, DATA, PAGE
 
 from vmm.coherence import Coherence
-from vmm.exits import StaleExecution
 from vmm.guest.manifest import CpuSpec, Policy, Schedule
 from vmm.machine import RunOptions
+from vmm.records import StaleExecution
 
 VIEW = 0x70000
 FUNCTION = CODE + 0x800

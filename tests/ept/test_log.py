@@ -10,9 +10,10 @@ from tiny import CODE, DATA, END, PAGE, STACK, map_page
 
 from vmm.ept import PROFILES, Capabilities, EptProfile, ExtendedPageTables, PageModificationLog, Permission
 from vmm.errors import OptionError
-from vmm.exits import EptViolation, LogEntry, PageModificationLogFull, Vmcall
+from vmm.exits import EptViolation, PageModificationLogFull, Vmcall
 from vmm.guest.manifest import CpuSpec, Limits, Schedule
 from vmm.machine import RunOptions
+from vmm.records import LogEntry
 
 LOGGING = PROFILES["page-modification-log"]
 OPTIONS = RunOptions(ept=LOGGING, check=True, audit=True)

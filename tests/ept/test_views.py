@@ -12,8 +12,9 @@ from tiny import CODE, DATA, END, MEMORY, PAGE, STACK, STRICT, map_page
 from vmm.cpu.events import Event, EventType
 from vmm.ept import Capabilities, EptProfile, Permission
 from vmm.errors import OptionError
-from vmm.exits import EptViolation, ExceptionExit, Injection, ViewEvent, Vmfunc
+from vmm.exits import EptViolation, ExceptionExit, Vmfunc
 from vmm.guest.manifest import CpuSpec, Limits, Policy
+from vmm.records import Injection, ViewEvent
 
 NONE, R, RW = Permission.NONE, Permission.R, Permission.R | Permission.W
 X, RX = Permission.X, Permission.R | Permission.X

@@ -11,11 +11,11 @@ import tiny
 from attrs import evolve
 
 from vmm.coherence import Coherence
-from vmm.exits import StaleExecution
 from vmm.guest.loader import bundled_guests
 from vmm.guest_run import run
 from vmm.machine import Machine, RunOptions
 from vmm.recording import record
+from vmm.records import StaleExecution
 
 GUESTS = {guest.name: guest for guest in bundled_guests() if guest.name.startswith("cross-modify")}
 RIGHT = GUESTS["cross-modify"]

@@ -11,10 +11,11 @@ import pytest
 import tiny
 from attrs import frozen
 
-from vmm.exits import IoInstruction, Modification
+from vmm.exits import IoInstruction
 from vmm.guest.symbols import Symbols
 from vmm.machine import Machine
 from vmm.memory import PAGE
+from vmm.records import Modification
 
 PRESENT, WRITABLE, USER, NX = 1, 2, 4, 1 << 63
 ADDRESS = 0x000F_FFFF_FFFF_F000

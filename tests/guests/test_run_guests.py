@@ -10,12 +10,12 @@ import tiny
 from attrs import evolve
 
 from vmm.coherence import Coherence
-from vmm.exits import BlockEvent, End, FrameEvent, Modification
 from vmm.guest.loader import bundled_guests, load_guest
 from vmm.guest.manifest import Policy
 from vmm.machine import Machine, RunOptions
 from vmm.memory import PAGE
 from vmm.memory.frames import FrameState
+from vmm.records import BlockEvent, End, FrameEvent, Modification
 
 GUESTS = {guest.name: guest.path for guest in bundled_guests() if not guest.wrong_of}
 WAYS = {

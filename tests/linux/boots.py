@@ -10,9 +10,9 @@ from attrs import define, field
 from shadow import Shadow
 
 from vmm.commands.typist import Typist
-from vmm.exits import End, Json, Record
 from vmm.guest.linux import load_linux
 from vmm.machine import Machine, RunOptions
+from vmm.records import End, Json, Record
 from vmm.trace.sink import line
 
 COMMANDS = (

@@ -14,9 +14,9 @@ from shadow import Shadow
 from vmm import assembly
 from vmm.commands.typist import Typist
 from vmm.cpu.features import pc_cpuid
-from vmm.exits import DeviceAccess
 from vmm.guest.linux import load_linux
 from vmm.machine import Machine
+from vmm.records import DeviceAccess
 
 pytestmark = pytest.mark.linux
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from boots import Boot
 
-from vmm.exits import Json
+from vmm.records import Json
 from vmm.trace.matcher import Matcher, Verdict
 from vmm.trace.script import Script
 

@@ -11,9 +11,10 @@ from attrs import define, field
 from boots import PROMPT, Boot, boot
 from shadow import at_pauses
 
-from vmm.exits import EptViolation, Modification, Record
+from vmm.exits import EptViolation
 from vmm.guest.kallsyms import find_kallsyms
 from vmm.memory import PAGE
+from vmm.records import Modification, Record
 from vmm.trap.policy import HOT_FRAME
 
 pytestmark = pytest.mark.linux

@@ -9,9 +9,10 @@ import pc_guests
 import pytest
 from pc_guests import DATA, END, STACK
 
-from vmm.exits import DeviceAccess, EptViolation, ExitReason
+from vmm.exits import EptViolation, ExitReason
 from vmm.machine import RunOptions
 from vmm.memory.frames import FrameState
+from vmm.records import DeviceAccess
 
 APIC = 0xFEE00000
 TPR, LDR = APIC + 0x80, APIC + 0xD0

@@ -7,8 +7,9 @@ from tiny import CODE, DATA, END, MEMORY, PAGE
 from vmm.cpu.events import Event, EventType, Vector
 from vmm.ept import Permission
 from vmm.errors import OptionError
-from vmm.exits import Cpuid, EptMisconfiguration, EptViolation, Exit, Hlt, IoInstruction, Modification, Rdtsc, Vmcall
+from vmm.exits import Cpuid, EptMisconfiguration, EptViolation, Exit, Hlt, IoInstruction, Rdtsc, Vmcall
 from vmm.guest.manifest import Policy
+from vmm.records import Modification
 
 FAR = 0x40_0000
 FAULT = Event(Vector.UD, EventType.HARDWARE_EXCEPTION)

@@ -11,9 +11,10 @@ from tiny import CODE, DATA, PAGE
 
 from vmm.cpu.events import Event, EventType, Vector
 from vmm.errors import OptionError
-from vmm.exits import Cpuid, ExternalInterrupt, Hlt, Injection, TripleFault
+from vmm.exits import Cpuid, ExternalInterrupt, Hlt, TripleFault
 from vmm.guest.manifest import CpuSpec, Limits, Schedule
 from vmm.machine import RunOptions
+from vmm.records import Injection
 
 OTHER = 0x20000
 OTHER_STACK = 0x60000

@@ -9,9 +9,10 @@ import pytest
 from pc_guests import DATA, END, EOI, IDT, MASTER, PIC, STACK, timer
 
 from vmm.devices.pit import time_of
-from vmm.exits import DeviceAccess, ExternalInterrupt, Injection, Rdtsc
+from vmm.exits import ExternalInterrupt, Rdtsc
 from vmm.machine import RunOptions
 from vmm.pc import TICKS_PER_BLOCK
+from vmm.records import DeviceAccess, Injection
 
 APIC, IO_APIC = 0xFEE00000, 0xFEC00000
 WAYS = pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from random_pairs import RandomPair
 
 from vmm.coherence import Coherence
 from vmm.cpu.engine import PRIVATE_BASE, PRIVATE_PAGES
-from vmm.exits import ExceptionExit, ExternalInterrupt, IoInstruction, StaleExecution
+from vmm.exits import ExceptionExit, ExternalInterrupt, IoInstruction
 from vmm.guest.manifest import Policy
 from vmm.machine import RunOptions
 from vmm.memory import PAGE
+from vmm.records import StaleExecution
 from vmm.vcpu import VirtualCpu
 
 STEP = Policy(code="load")

@@ -13,17 +13,10 @@ from hypothesis import strategies as st
 from tiny import CODE, DATA, PAGE
 
 from vmm.errors import OptionError
-from vmm.exits import (
-    BlockEvent,
-    End,
-    EptViolation,
-    ExceptionExit,
-    ExternalInterrupt,
-    Modification,
-    RefusedAccess,
-)
+from vmm.exits import EptViolation, ExceptionExit, ExternalInterrupt
 from vmm.guest.manifest import CpuSpec, Schedule
 from vmm.machine import RunOptions
+from vmm.records import BlockEvent, End, Modification, RefusedAccess
 from vmm.scheduler import Scheduler
 
 OTHER = 0x20000

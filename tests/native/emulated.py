@@ -8,8 +8,9 @@ from typing import Final
 
 from attrs import field, frozen
 
-from vmm.exits import ExceptionExit, Record
+from vmm.exits import ExceptionExit
 from vmm.machine import Machine, RunOptions
+from vmm.records import Record
 
 from .program import BASE, Fault, Outcome, Program
 

@@ -12,9 +12,10 @@ from recorded import CLOCK, INPUT, LEFT, guest, recorded, replayed, vmm
 from vmm.coherence import Coherence
 from vmm.cpu.events import Event, EventType, Vector
 from vmm.ept import Capabilities, EptProfile, Permission
-from vmm.exits import Cpuid, EptViolation, ExceptionExit, FrameEvent, Hlt, Modification, Vmcall
+from vmm.exits import Cpuid, EptViolation, ExceptionExit, Hlt, Vmcall
 from vmm.guest.loader import bundled_guests, load_guest
 from vmm.machine import RunOptions
+from vmm.records import FrameEvent, Modification
 from vmm.replay import header_of, machine_for
 from vmm.script_actions import ScriptRun
 from vmm.trace.names import symbols_of

@@ -15,8 +15,9 @@ from tlb_machine import PRESENT, WRITABLE, build, entry
 
 from vmm.ept import Capabilities, EptProfile, Permission
 from vmm.errors import OptionError
-from vmm.exits import EptViolation, LogEntry, PageModificationLogFull, StaleTranslation
+from vmm.exits import EptViolation, PageModificationLogFull
 from vmm.machine import RunOptions
+from vmm.records import LogEntry, StaleTranslation
 
 PORT, SIZE = 0x100, 0x1000
 LINES, PAGES, VIEWS = 2, 3, 2

@@ -27,9 +27,10 @@ from tlb_machine import (
 )
 
 from vmm.ept import PROFILES, EptProfile, Permission
-from vmm.exits import EptViolation, Injection, Vmcall
+from vmm.exits import EptViolation, Vmcall
 from vmm.guest.manifest import CpuSpec
 from vmm.machine import RunOptions
+from vmm.records import Injection
 
 NONE, R, RW = Permission.NONE, Permission.R, Permission.R | Permission.W
 PAGE, ENTRY, FREE_TABLE, SIZE = PAGE_UNDER_TEST, entry(PAGE_UNDER_TEST), 0x30000, 0x1000

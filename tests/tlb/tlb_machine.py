@@ -8,8 +8,8 @@ import tiny
 from attrs import evolve
 from tiny import CODE, DATA, PAGE
 
-from vmm.exits import StaleTranslation
 from vmm.machine import RunOptions
+from vmm.records import StaleTranslation
 
 DIRECTORY, TABLE = 0x20000, 0x21000
 #: A page to play with: it maps PLACE, and then something else.

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from script_runs import RecordedActions
 
-from vmm import exits
+from vmm import exits, records
 from vmm.trace.matcher import Matcher
 from vmm.trace.script import Script
 from vmm.trace.wording import as_line, as_script
@@ -33,7 +33,7 @@ RECORDS = st.one_of(
         qualification=numbers,
     ),
     st.builds(
-        exits.Modification,
+        records.Modification,
         gpa=numbers,
         gva=maybe,
         rip=maybe,
@@ -45,7 +45,7 @@ RECORDS = st.one_of(
         blocks=rows,
     ),
     st.builds(
-        exits.BlockEvent,
+        records.BlockEvent,
         event=words,
         block=numbers,
         gpa=numbers,
@@ -54,10 +54,10 @@ RECORDS = st.one_of(
         mode=words,
         cause=words,
     ),
-    st.builds(exits.FrameEvent, gpa=numbers, before=words, after=words, cause=words),
-    st.builds(exits.Injection, vector=numbers, type=words, error_code=maybe, rip=numbers),
+    st.builds(records.FrameEvent, gpa=numbers, before=words, after=words, cause=words),
+    st.builds(records.Injection, vector=numbers, type=words, error_code=maybe, rip=numbers),
     st.builds(
-        exits.End,
+        records.End,
         reason=words,
         rip=numbers,
         detail=st.fixed_dictionaries({"port": numbers, "value": numbers}),

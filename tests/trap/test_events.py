@@ -7,19 +7,10 @@ import tiny
 from tiny import CODE, DATA, PAGE, STACK, map_page
 
 from vmm.cpu.events import Event, EventType, Vector
-from vmm.exits import (
-    Cpuid,
-    EptViolation,
-    ExceptionExit,
-    ExitReason,
-    ExternalInterrupt,
-    Hlt,
-    Injection,
-    Modification,
-    Mtf,
-)
+from vmm.exits import Cpuid, EptViolation, ExceptionExit, ExitReason, ExternalInterrupt, Hlt, Mtf
 from vmm.guest.manifest import Limits
 from vmm.machine import RunOptions
+from vmm.records import Injection, Modification
 
 TARGET = 0x20000
 VECTOR = 0x40

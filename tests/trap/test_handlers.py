@@ -12,20 +12,10 @@ from tiny import CODE, DATA, PAGE, map_page
 from vmm.cpu.events import Event, EventType, Vector
 from vmm.ept import Permission
 from vmm.errors import OptionError
-from vmm.exits import (
-    BlockEvent,
-    Cpuid,
-    EptViolation,
-    ExceptionExit,
-    ExitReason,
-    IoInstruction,
-    Modification,
-    Mtf,
-    Rdtsc,
-    Vmcall,
-)
+from vmm.exits import Cpuid, EptViolation, ExceptionExit, ExitReason, IoInstruction, Mtf, Rdtsc, Vmcall
 from vmm.machine import RunOptions
 from vmm.memory.frames import FrameState
+from vmm.records import BlockEvent, Modification
 
 TARGET, FRAME = 0x4000_0000, 0x20000
 SPARE = 0x80000

@@ -10,9 +10,10 @@ from tiny import CODE, DATA, PAGE
 
 from vmm.cpu.events import Event, EventType, Vector
 from vmm.errors import OptionError
-from vmm.exits import EptViolation, ExceptionExit, Exit, ExternalInterrupt, Injection, Mtf, Vmcall
+from vmm.exits import EptViolation, ExceptionExit, Exit, ExternalInterrupt, Mtf, Vmcall
 from vmm.guest.manifest import CpuSpec
 from vmm.machine import RunOptions
+from vmm.records import Injection
 
 HANDLER = CODE + 0x400
 INTERRUPT = 0x40

@@ -11,10 +11,11 @@ from tiny import CODE, PAGE, STRICT, map_page
 
 from vmm.ept import Permission
 from vmm.errors import AuditError, InvariantError, OptionError
-from vmm.exits import Cpuid, EptViolation, ExceptionExit, FrameEvent, Modification, Mtf
+from vmm.exits import Cpuid, EptViolation, ExceptionExit, Mtf
 from vmm.guest.manifest import Policy
 from vmm.machine import RunOptions
 from vmm.memory.frames import FrameState
+from vmm.records import FrameEvent, Modification
 
 TARGET, VIEW, FRAME = 0x20000, 0x4000_0000, 0x20000
 MAPS = (map_page(TARGET, FRAME), map_page(VIEW, FRAME, "rw"))

@@ -10,11 +10,12 @@ from tiny import CODE, DATA, END, PAGE, STACK, map_page
 
 from vmm.ept import Permission
 from vmm.errors import OptionError
-from vmm.exits import Cpuid, ExceptionExit, FrameEvent, RefusedAccess
+from vmm.exits import Cpuid, ExceptionExit
 from vmm.guest.manifest import Policy
 from vmm.guest.pagetables import FOUR_LEVEL, PageTables
 from vmm.machine import RunOptions
 from vmm.memory.frames import FrameState
+from vmm.records import FrameEvent, RefusedAccess
 
 SEALED, VIEW, BEHIND = 0x20000, 0x4000_0000, 0x21000
 MAPS = (map_page(SEALED, SEALED), map_page(VIEW, SEALED, "rw"), map_page(BEHIND, BEHIND, "rw"))

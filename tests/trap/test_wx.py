@@ -11,7 +11,7 @@ from tiny import CODE, DATA, END, PAGE, STACK, assemble, map_page
 from wx_machine import ACCESS_LENGTH, FIRST, NOP, RET, SPACES, entry_of, run, tables
 
 from vmm.errors import OptionError
-from vmm.exits import Cpuid, EptViolation, ExceptionExit, FrameEvent, Injection, Modification, RefusedAccess, Vmcall
+from vmm.exits import Cpuid, EptViolation, ExceptionExit, Vmcall
 from vmm.guest.loader import load_guest
 from vmm.guest.manifest import Policy
 from vmm.guest.pagetables import FOUR_LEVEL, PageTables
@@ -19,6 +19,7 @@ from vmm.machine import Machine, RunOptions
 from vmm.memory.frames import MAX_ALIASES, FrameState
 from vmm.outcome import Status, judge
 from vmm.recording import record
+from vmm.records import FrameEvent, Injection, Modification, RefusedAccess
 from vmm.trace.console import Entry
 from vmm.trace.names import Names
 from vmm.trace.rendering import line_of

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from tiny import PAGE
 from wx_machine import FIRST, FRAMES, NOP, PAGES, RET, SPACES, STORED, run
 
-from vmm.exits import RefusedAccess
 from vmm.machine import RunOptions
+from vmm.records import RefusedAccess
 
 WAYS = {
     "freely": RunOptions(check=True, audit=True),

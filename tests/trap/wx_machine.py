@@ -12,10 +12,11 @@ import tiny
 from attrs import define, field
 from tiny import CODE, PAGE, STACK, map_page
 
-from vmm.exits import ExceptionExit, RefusedAccess, Vmcall
+from vmm.exits import ExceptionExit, Vmcall
 from vmm.guest.manifest import Policy
 from vmm.guest.pagetables import FOUR_LEVEL, PageTables
 from vmm.machine import Machine, RunOptions
+from vmm.records import RefusedAccess
 
 FIRST, FRAMES = 0x20000, 3
 #: Where the operations are.

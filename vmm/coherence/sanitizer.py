@@ -7,9 +7,9 @@ from typing import Final
 
 from vmm.coherence.model import Coherence, Synchronises, has_synchronisation, synchronisation_of
 from vmm.coherence.sides import FetchSides, Writer
-from vmm.exits import StaleExecution
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frames, FrameState
+from vmm.records import StaleExecution
 from vmm.reporter import Reporter
 from vmm.translation import Span
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from attrs import frozen
 
 from vmm.coherence.sanitizer import Sanitizer
-from vmm.exits import StaleExecution
+from vmm.records import StaleExecution
 from vmm.translation import Span
 
 

@@ -20,13 +20,13 @@ from vmm.commands.summary import add_row, introduce, summarize
 from vmm.commands.views import show_views
 from vmm.devices.uart import BACKLOG
 from vmm.errors import GuestError, OptionError
-from vmm.exits import End
 from vmm.guest.kallsyms import find_kallsyms, to_text
 from vmm.guest.loader import BootOptions, Guest, load_guest
 from vmm.machine import Machine, RunOptions
 from vmm.outcome import Outcome, Status, judge
 from vmm.printed import hear_text
 from vmm.recording import record
+from vmm.records import End
 from vmm.state_file import MemoryRange, encode, state_of
 from vmm.trace.console import ConsoleView
 from vmm.trace.names import symbols_of

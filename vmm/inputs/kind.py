@@ -10,7 +10,7 @@ from attrs import frozen
 
 from vmm.cpu.events import Event, EventType
 from vmm.ept import Permission
-from vmm.exits import Json
+from vmm.records import Json
 
 if TYPE_CHECKING:
     from vmm.machine import Machine

@@ -8,7 +8,7 @@ from typing import Any, Final, Self
 
 from attrs import frozen
 
-from vmm.exits import Json
+from vmm.records import Json
 
 _TIME_LIMIT: Final = 1 << 64
 

@@ -12,7 +12,7 @@ from vmm.patches.mapping import KERNEL_IMAGE, is_kernel
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vmm.exits import Json
+    from vmm.records import Json
     from vmm.trace.reading import TraceReader
 
 #: Frames whose place is remembered: 4 GiB of code.

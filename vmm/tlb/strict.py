@@ -20,11 +20,11 @@ from vmm.cpu.engine import READ
 from vmm.decode import decode
 from vmm.ept.bits import ADDRESS_MASK
 from vmm.ept.entry import NAMES
-from vmm.exits import StaleTranslation
 from vmm.memory import PAGE
 from vmm.mmu.refusals import StaleUse
 from vmm.mmu.translation import ACCESSES
 from vmm.paging import Access
+from vmm.records import StaleTranslation
 from vmm.reporter import Reporter
 from vmm.tlb.mappings import CachedMappings, pcid_of
 

@@ -14,7 +14,7 @@ from vmm.trace.reading import BETWEEN, TraceLine
 from vmm.trace.wording import as_line, value_words
 
 if TYPE_CHECKING:
-    from vmm.exits import Json
+    from vmm.records import Json
     from vmm.trace.painter import Painter
 
 _BEFORE: Final = 4

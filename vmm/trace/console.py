@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import evolve
 
-from vmm.exits import End, IoInstruction, Modification, Record
+from vmm.exits import IoInstruction
+from vmm.records import End, Modification, Record
 from vmm.trace.folding import Item, NestedFolder, Skipped
 from vmm.trace.names import Names
 from vmm.trace.painter import Painter, Style

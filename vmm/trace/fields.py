@@ -1,7 +1,7 @@
 """Which fields the records of each kind have, and what a script may ask of them.
 
-The tables are read from the record classes of :mod:`vmm.exits`, so that a new exit can be named in a script
-from the day that it exists.
+The tables are read from the record classes of :mod:`vmm.exits` and :mod:`vmm.records`, so that a new one can be named
+in a script from the day that it exists.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from vmm.exits import ExitReason, Record
+from vmm.exits import ExitReason
+from vmm.records import Record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

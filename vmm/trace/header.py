@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from attrs import frozen
 
-from vmm.exits import Json
 from vmm.guest.fields import U64_MAX
+from vmm.records import Json
 
 SCHEMA: Final = "vmm-trace/1"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)

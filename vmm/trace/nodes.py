@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from vmm.exits import Json
+    from vmm.records import Json
 
 #: Header keys whose difference is a cause, in the words of a report.
 _CAUSES: Final = {

@@ -18,8 +18,8 @@ from vmm.memory import PAGE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vmm.exits import Modification
     from vmm.machine import Machine
+    from vmm.records import Modification
     from vmm.trace.names import Names
     from vmm.translation import Block
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-    from vmm.exits import Json
+    from vmm.records import Json
 
 #: The longest line of a trace that is read, in bytes.
 MAX_LINE: Final = 16 << 20

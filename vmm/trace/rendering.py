@@ -8,28 +8,23 @@ from attrs import field, frozen
 
 from vmm.cpu.events import Vector
 from vmm.ept import Qualification
-from vmm.exits import (
+from vmm.exits import Cpuid, EptViolation, ExceptionExit, Exit, IoInstruction, Mtf
+from vmm.guest.files import one_line
+from vmm.memory import PAGE
+from vmm.records import (
     BlockEvent,
-    Cpuid,
     DeviceAccess,
     End,
-    EptViolation,
-    ExceptionExit,
-    Exit,
     FrameEvent,
     Injection,
-    IoInstruction,
     LogEntry,
     Modification,
-    Mtf,
     Record,
     RefusedAccess,
     StaleExecution,
     StaleTranslation,
     ViewEvent,
 )
-from vmm.guest.files import one_line
-from vmm.memory import PAGE
 from vmm.trace.painter import Style
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import attrs
 from attrs import evolve
 
-from vmm.exits import BlockEvent, End, Exit, FrameEvent, Injection, IoInstruction, Json, Modification, Record
+from vmm.exits import Exit, IoInstruction
+from vmm.records import BlockEvent, End, FrameEvent, Injection, Json, Modification, Record
 
 if TYPE_CHECKING:
     from vmm.inputs import Input, Moment

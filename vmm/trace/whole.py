@@ -14,7 +14,7 @@ from vmm.trace.reading import BETWEEN, TraceLine, TraceReader
 from vmm.trace.sink import CUT_OFF
 
 if TYPE_CHECKING:
-    from vmm.exits import Json
+    from vmm.records import Json
 
 #: What a window that is closed because the run has ended leaves in the trace.
 _END_OF_RUN: Final = "end of run"

@@ -11,7 +11,7 @@ from attrs import define
 
 from vmm.cpu.engine import R, W
 from vmm.devices import MemoryBus
-from vmm.exits import DeviceAccess
+from vmm.records import DeviceAccess
 from vmm.reporter import Reporter
 from vmm.vcpu import VirtualCpu
 

@@ -13,10 +13,10 @@ from typing import Final, Protocol
 from attrs import define
 
 from vmm.coherence import Sanitizer
-from vmm.exits import Modification
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.mmu import Mmu
+from vmm.records import Modification
 from vmm.reporter import Reporter
 from vmm.translation import Block, BlockCache
 from vmm.translation.cache import by_number

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final
 from vmm.ept import Permission
 from vmm.ept.views import Views
 from vmm.errors import InvariantError
-from vmm.exits import FrameEvent
 from vmm.memory import PAGE, GuestMemory
 from vmm.memory.frames import Frame, FrameState
+from vmm.records import FrameEvent
 from vmm.reporter import Reporter
 from vmm.translation import BlockCache
 

@@ -13,7 +13,8 @@ from attrs import define
 from vmm.ept import PageModificationLog
 from vmm.ept.log import FIRST_INDEX
 from vmm.ept.views import Views
-from vmm.exits import ExitReason, LogEntry, PageModificationLogFull
+from vmm.exits import ExitReason, PageModificationLogFull
+from vmm.records import LogEntry
 from vmm.reporter import Reporter
 from vmm.tlb import StrictTlb
 

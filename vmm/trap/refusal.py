@@ -19,12 +19,12 @@ from attrs import define
 from vmm.cpu.context import Context
 from vmm.cpu.engine import FETCH, WRITE, Stop
 from vmm.cpu.events import Event, EventType, Vector
-from vmm.exits import Json, RefusedAccess
 from vmm.memory import PAGE
 from vmm.memory.frames import Frame, Frames, FrameState
 from vmm.mmu import CurrentInstruction, Mmu, Unjudged, Violation
 from vmm.mmu.translation import space_of
 from vmm.paging import ErrorCode
+from vmm.records import Json, RefusedAccess
 from vmm.reporter import Reporter
 from vmm.trap import wx
 from vmm.trap.wx import Finding

@@ -11,9 +11,10 @@ from vmm.cpu.engine import WRITE, R, Stop, W
 from vmm.cpu.events import Event
 from vmm.ept.bits import SUB_PAGE_WRITE
 from vmm.ept.sub_pages import SUB_PAGE, SubPageTable, SubPageVerdict
-from vmm.exits import ExitReason, Json, SppEvent
+from vmm.exits import ExitReason, SppEvent
 from vmm.memory import PAGE
 from vmm.mmu import CurrentInstruction, Mmu, Violation
+from vmm.records import Json
 from vmm.reporter import Reporter
 
 _MISS: Final = 1 << 11
